@@ -1,0 +1,136 @@
+"""The macros of the packages' BUILD files: one target for each Python file.
+
+How to add a file, say packages/core/pippin/core/mesh.py:
+
+1. Write mesh.py and, beside it, mesh_test.py.
+2. In the BUILD file of their folder, in alphabetical order:
+
+       py_module(
+           name = "mesh",
+           deps = [":errors", "@pip//:jax"],     # what mesh.py imports, exactly
+           test_deps = ["@pip//:numpy"],         # what only mesh_test.py imports
+           visibility = ["//packages/core:users"],  # only if another package imports it
+       )
+
+   This makes :mesh and, since mesh_test.py exists, the test :mesh_test.
+3. ./bazelw test //packages/core/pippin/core:mesh_test
+
+A target is private to its folder unless `visibility` says more. A new distribution
+also goes into requirements.in (then ./bazelw run //:lock) and into the package's
+pyproject.toml. A new folder gets its own BUILD file, which ends with all_modules(),
+and a line in the `deps` of its package's wheel.
+"""
+
+load("//bazel:python.bzl", "py_binary", "py_library", "py_test")
+
+def _namespace(package):
+    """The import root of a folder and its dotted name, from its Bazel package."""
+    parts = package.split("/")
+    if "pippin" not in parts:
+        fail("py_module is for folders under packages/*/pippin, not //%s" % package)
+    names = parts[parts.index("pippin"):]
+    return "/".join([".."] * len(names)), ".".join(names)
+
+def _init(package):
+    """The target of this folder's __init__.py, made at its first use."""
+    if not native.existing_rule("__init__"):
+        root, dotted = _namespace(package)
+        parent = package.rpartition("/")[0]
+        py_library(
+            name = "__init__",
+            srcs = ["__init__.py"],
+            data = native.glob(["py.typed"]),
+            imports = [root],
+            init = "//%s:__init__" % parent if dotted.count(".") > 1 else None,
+            visibility = ["//packages:__subpackages__"],
+        )
+    return ":__init__"
+
+def py_module(
+        name,
+        deps = [],
+        data = [],
+        binary = False,
+        test = True,
+        test_deps = [],
+        test_data = [],
+        test_env = {},
+        test_size = "medium",
+        test_tags = [],
+        testonly = False,
+        visibility = ["//visibility:private"]):
+    """The library `name` of `name`.py and, where `name`_test.py exists, its test.
+
+    Args:
+        name: the file's name, less .py.
+        deps: what it imports.
+        data: files that it reads.
+        binary: it has a main; `bazel run` runs it, and others may still import it.
+        test: whether `name`_test.py gets a target of its own; False where a py_tests has it.
+        test_deps: what only the test imports.
+        test_data: what only the test reads or runs.
+        test_env: the test's environment.
+        test_size: small is a minute at most, medium five, large fifteen.
+        test_tags: the test's tags.
+        testonly: only tests may depend on it.
+        visibility: who may depend on it.
+    """
+    root, dotted = _namespace(native.package_name())
+    common = dict(
+        name = name,
+        srcs = [name + ".py"],
+        data = data,
+        imports = [root],
+        init = _init(native.package_name()),
+        testonly = testonly,
+        visibility = visibility,
+        deps = deps,
+    )
+    if binary:
+        py_binary(module = dotted + "." + name, **common)
+    else:
+        py_library(**common)
+    if test and native.glob([name + "_test.py"]):
+        py_tests(
+            name = name + "_test",
+            srcs = [name + "_test.py"],
+            data = test_data,
+            env = test_env,
+            size = test_size,
+            tags = test_tags,
+            deps = [":" + name] + [d for d in deps if d not in test_deps] + test_deps,
+        )
+
+def py_tests(name, srcs, **kwargs):
+    """A test of several files: cheaper than one each, where they take long to import.
+
+    Args:
+        name: the target's name.
+        srcs: the test files.
+        **kwargs: see py_test.
+    """
+    root, _ = _namespace(native.package_name())
+    py_test(
+        name = name,
+        srcs = srcs,
+        imports = [root],
+        init = _init(native.package_name()),
+        **kwargs
+    )
+
+def all_modules():
+    """The last line of a BUILD file: :all_modules and :all_tests, all that it declares."""
+    rules = native.existing_rules()
+    modules = [n for n, r in rules.items() if r["kind"] in ["py_library", "py_binary"] and not r.get("testonly")]
+    tests = [n for n, r in rules.items() if r["kind"] == "_py_test" or r.get("testonly")]
+    py_library(
+        name = "all_modules",
+        visibility = ["//packages:__subpackages__", "//tests:__subpackages__"],
+        deps = modules,
+    )
+    py_library(
+        name = "all_tests",
+        testonly = True,
+        visibility = ["//packages:__subpackages__", "//tests:__subpackages__"],
+        deps = tests,
+    )

@@ -1,0 +1,13 @@
+"""The settings of every test, under Bazel and under plain pytest alike.
+
+Promotion of dtypes or of ranks that nobody asked for is an error. Environment
+variables rather than jax.config: tests that do not need JAX do not import it,
+and the processes that a test starts are as strict.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -1,0 +1,1 @@
+"""The config tree, component contracts, sharding, checkpoints, bundles and tokenizers of pippin."""

@@ -1,0 +1,1 @@
+"""Compression and export to Apple devices."""

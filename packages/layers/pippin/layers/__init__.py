@@ -1,0 +1,1 @@
+"""Layers, caches and models, each a component."""

@@ -1,0 +1,1 @@
+"""Serving over gRPC with continuous batching."""

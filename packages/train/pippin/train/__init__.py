@@ -1,0 +1,1 @@
+"""The trainer: recipes, learners, input, evaluation and launchers."""

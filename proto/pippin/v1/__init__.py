@@ -1,0 +1,1 @@
+"""The messages and services of pippin, and the interfaces of its components (interfaces/*.textproto)."""
