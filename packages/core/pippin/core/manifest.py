@@ -1,0 +1,155 @@
+"""Manifests: textproto files that say what a directory holds and carry their own checksum. No JAX.
+
+A directory is written under another name, its manifest last, and is then
+renamed: it is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from google.protobuf import text_format
+from google.protobuf.message import Message
+from pippin.core.errors import CheckpointError
+from pippin.v1 import model_pb2 as pb
+
+FILE_NAME = "manifest.textproto"
+
+_KIND = "# proto-message: "
+_CHECKSUM = "# sha256 of the lines above: "
+
+M = TypeVar("M", bound=Message)
+
+
+class DamageError(CheckpointError):
+    """Files that are not as they were written. `problems` says which, one each: `file: what`."""
+
+    def __init__(self, directory: Path, problems: Iterable[str]):
+        self.problems = tuple(problems)
+        super().__init__(
+            f"{directory} is damaged: {'; '.join(self.problems)}. Restore the file from a copy, "
+            "or use another checkpoint or bundle."
+        )
+
+
+def write_manifest(directory: Path, message: Message) -> None:
+    """Writes a directory's manifest, durably."""
+    text = f"{_KIND}{message.DESCRIPTOR.full_name}\n{text_format.MessageToString(message)}"
+    write_file(directory / FILE_NAME, f"{text}{_CHECKSUM}{_sha256(text.encode())}\n".encode())
+
+
+def read_manifest(directory: Path, kind: type[M]) -> M:
+    """The manifest of a directory.
+
+    Raises:
+        DamageError: it is absent, or not as it was written.
+        CheckpointError: it is another kind of manifest.
+    """
+    path = directory / FILE_NAME
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DamageError(directory, [f"{FILE_NAME}: is absent"]) from None
+    body, mark, checksum = data.rpartition(_CHECKSUM.encode())
+    if not mark or checksum != f"{_sha256(body)}\n".encode():
+        raise DamageError(directory, [f"{FILE_NAME}: does not match the checksum in its last line"])
+    text = body.decode()
+    message = kind()
+    header = _KIND + message.DESCRIPTOR.full_name
+    if not text.startswith(header + "\n"):
+        raise CheckpointError(
+            f"{path} starts with {text.partition(chr(10))[0]!r}, not {header!r}: it is of another kind."
+        )
+    try:
+        return text_format.Parse(text, message)
+    except text_format.ParseError as e:
+        raise CheckpointError(
+            f"{path} has fields that this pippin does not know: {e}. Read it with the version of pippin that wrote it."
+        ) from None
+
+
+def describe_file(root: Path, path: Path) -> pb.StoredFile:
+    """What a manifest says of a file below `root`."""
+    return pb.StoredFile(
+        path=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=file_sha256(path)
+    )
+
+
+def file_problems(root: Path, files: Iterable[pb.StoredFile]) -> list[str]:
+    """What is wrong with the files of a manifest, one line a file; each is read whole."""
+    problems = []
+    for file in files:
+        problem = size_problem(root, file.path, file.bytes)
+        if not problem and file_sha256(root / file.path) != file.sha256:
+            problem = f"{file.path}: does not match its SHA-256"
+        if problem:
+            problems.append(problem)
+    return problems
+
+
+def size_problem(root: Path, name: str, size: int) -> str:
+    """What is wrong with a file, going by its size alone; empty if nothing is."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        return f"{name}: leaves the directory"
+    try:
+        actual = (root / name).stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{name}: is absent"
+    return "" if actual == size else f"{name}: has {actual} bytes, not {size}"
+
+
+def provenance(recipe: str = "", step: int = 0, source: str = "") -> pb.Provenance:
+    """The provenance of what is written now, by this version of pippin."""
+    try:
+        version = importlib.metadata.version("pippin-core")
+    except importlib.metadata.PackageNotFoundError:
+        version = "source tree"
+    created = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return pb.Provenance(pippin_version=version, recipe=recipe, step=step, created=created, source=source)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file and waits until the disk has it."""
+    with path.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk has a file, or a directory's names."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Renames a directory that was written whole to where readers look for it, durably."""
+    sync(temporary)
+    temporary.rename(final)
+    sync(final.parent)
+
+
+def remove(directory: Path) -> None:
+    """Removes a directory, if it is there."""
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,81 @@
+"""Configs of attention."""
+
+import enum
+from typing import Annotated
+
+from pippin.core.config import REQUIRED, Config, Required, Slot
+from pippin.core.errors import ConfigError
+from pippin.layers.cache_config import FullCacheConfig
+from pippin.layers.kernel_config import BlockwiseKernelConfig
+from pippin.layers.linear_config import LinearConfig
+from pippin.layers.position_config import RoPEConfig
+
+
+class QKNormOrder(enum.StrEnum):
+    """Whether queries and keys are normalised before or after they are rotated."""
+
+    BEFORE_ROTATION = "before_rotation"  # Qwen3
+    AFTER_ROTATION = "after_rotation"  # AFM
+
+
+class GroupedQueryAttentionConfig(
+    Config, implementation="pippin.layers.attention:GroupedQueryAttention", provides="attention"
+):
+    """Causal self-attention whose query heads share fewer key and value heads."""
+
+    input_dim: Required[int] = REQUIRED
+    num_heads: Required[int] = REQUIRED
+    num_kv_heads: Required[int] = REQUIRED
+    head_dim: Required[int] = REQUIRED
+    position: Annotated[Config, Slot("position")] = RoPEConfig()
+    qk_norm: Annotated[Config, Slot("norm")] | None = None  # one norm over head_dim for queries, one for keys
+    qk_norm_order: QKNormOrder = QKNormOrder.AFTER_ROTATION
+    window: int | None = None  # a token sees this many tokens, itself included
+    soft_cap: float | None = None
+    sinks: bool = False
+    q_proj: Annotated[Config, Slot("linear")] = LinearConfig()
+    k_proj: Annotated[Config, Slot("linear")] = LinearConfig()
+    v_proj: Annotated[Config, Slot("linear")] = LinearConfig()
+    o_proj: Annotated[Config, Slot("linear")] = LinearConfig()
+    kernel: Annotated[Config, Slot("attention_kernel")] = BlockwiseKernelConfig()
+    cache: Annotated[Config, Slot("kv_cache")] = FullCacheConfig()
+
+    def validate(self) -> None:
+        _check_heads(type(self).__name__, self.num_heads, self.num_kv_heads)
+        if self.window is not None and self.window < 1:
+            raise ConfigError(
+                f"GroupedQueryAttention: window ({self.window}) must be at least 1: a token sees itself. "
+                "Leave it None for no window."
+            )
+
+
+class SharedKVAttentionConfig(
+    Config, implementation="pippin.layers.attention:SharedKVAttention", provides="attention"
+):
+    """Attention without keys and values of its own: it reads those of an earlier layer."""
+
+    input_dim: Required[int] = REQUIRED
+    num_heads: Required[int] = REQUIRED
+    num_kv_heads: Required[int] = REQUIRED  # of the layer that it reads
+    head_dim: Required[int] = REQUIRED
+    position: Annotated[Config, Slot("position")] = RoPEConfig()
+    qk_norm: Annotated[Config, Slot("norm")] | None = (
+        None  # for queries; the keys were normalised by their layer
+    )
+    qk_norm_order: QKNormOrder = QKNormOrder.AFTER_ROTATION
+    window: int | None = None
+    soft_cap: float | None = None
+    q_proj: Annotated[Config, Slot("linear")] = LinearConfig()
+    o_proj: Annotated[Config, Slot("linear")] = LinearConfig()
+    kernel: Annotated[Config, Slot("attention_kernel")] = BlockwiseKernelConfig()
+
+    def validate(self) -> None:
+        _check_heads(type(self).__name__, self.num_heads, self.num_kv_heads)
+
+
+def _check_heads(name: str, num_heads: int, num_kv_heads: int) -> None:
+    if isinstance(num_heads, int) and isinstance(num_kv_heads, int) and num_heads % num_kv_heads:
+        raise ConfigError(
+            f"{name.removesuffix('Config')}: num_heads ({num_heads}) must be a multiple of num_kv_heads "
+            f"({num_kv_heads}). Set num_kv_heads to a divisor of {num_heads}."
+        )

@@ -1,0 +1,115 @@
+"""The causal language model: what is trained, served and exported."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from pippin.core.batch import Batch
+from pippin.core.module import Module, merge, split
+from pippin.core.outputs import collect
+from pippin.core.sharding import constrain
+from pippin.layers.causal_lm_config import CausalLMConfig
+from pippin.layers.context import Cache, Context
+from pippin.layers.loss import chunked_cross_entropy
+
+
+class CausalLM(Module):
+    """Predicts each next token from those before it.
+
+    Source: Radford et al. 2019; the tied head as in Press and Wolf 2016, arXiv:1608.05859.
+    """
+
+    Config = CausalLMConfig
+
+    def __init__(self, cfg: CausalLMConfig, *, rngs: nnx.Rngs):
+        self.embedding = cfg.embedding.set(vocab_size=cfg.vocab_size, dim=cfg.dim).build(rngs=rngs)
+        self.decoder = cfg.decoder.set(input_dim=cfg.dim).build(rngs=rngs)
+        self.norm = cfg.norm.set(dim=cfg.dim).build(rngs=rngs)
+        self.head = None
+        if cfg.head is not None:
+            ends = {"input_dim": cfg.dim, "output_dim": cfg.vocab_size, "output_axis": "vocab"}
+            self.head = cfg.head.set(**ends).build(rngs=rngs)
+        self.logit_soft_cap, self.z_loss = cfg.logit_soft_cap, cfg.z_loss
+        self.dtype = jnp.dtype(cfg.activation_dtype.value)
+        self.loss_chunk_tokens = cfg.loss_chunk_tokens
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """The logits of the token after each token. Positions count from 0 unless given."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+        hidden, _ = self._hidden(tokens, Context(positions, segment_ids), None)
+        return _logits(self._head(), hidden, self.logit_soft_cap)
+
+    def loss(self, batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The mean loss of a batch over the weight of its targets, in nats, and metrics.
+
+        The loss is cross-entropy, z-loss, and what layers report through
+        `pippin.core.outputs`. Metrics: `cross_entropy`, `accuracy`, `weight` (how
+        many targets count), and those that layers report.
+        """
+        with collect() as outputs:
+            ctx = Context(batch["positions"], batch["segment_ids"])
+            hidden, _ = self._hidden(batch["tokens"], ctx, None)
+        definition, params = split(self._head())
+
+        def head(params: Any, hidden: Array) -> Array:
+            return _logits(merge(definition, params), hidden, self.logit_soft_cap)
+
+        weights = batch["loss_weights"].reshape(-1)
+        total, sums = chunked_cross_entropy(
+            head,
+            params,
+            hidden.reshape(-1, hidden.shape[-1]),
+            batch["targets"].reshape(-1),
+            weights,
+            chunk=min(self.loss_chunk_tokens, weights.shape[0]),
+            z_loss=self.z_loss,
+        )
+        weight = jnp.maximum(jnp.sum(weights), 1.0)  # a batch of padding alone has loss 0
+        metrics = {
+            "cross_entropy": sums.cross_entropy / weight,
+            "accuracy": sums.correct / weight,
+            "weight": jnp.sum(weights),
+            **outputs.means(),
+        }
+        return total / weight + outputs.total_loss(), metrics
+
+    def init_cache(self, batch_size: int, max_len: int) -> Cache:
+        """An empty cache for sequences of up to `max_len` tokens."""
+        lengths = jnp.zeros((batch_size,), jnp.int32)
+        return {"lengths": lengths, "decoder": self.decoder.init_cache(batch_size, max_len, self.dtype)}
+
+    def extend(
+        self, tokens: Int[Array, "B T"], cache: Cache, *, last_only: bool = False
+    ) -> tuple[Float[Array, "B T_out V"], Cache]:
+        """The logits after each new token (the last one alone, if `last_only`), and the cache with all of them.
+
+        Prefill is `extend` of an empty cache, and decoding `extend` by one token.
+        Tokens beyond the cache's `max_len` are not kept: the caller sees to it.
+        """
+        steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        positions = cache["lengths"][:, None] + steps
+        hidden, layers = self._hidden(tokens, Context(positions, last_only=last_only), cache["decoder"])
+        if last_only:
+            hidden = hidden[:, -1:]
+        cache = {"lengths": cache["lengths"] + tokens.shape[1], "decoder": layers}
+        return _logits(self._head(), hidden, self.logit_soft_cap), cache
+
+    def _hidden(self, tokens: Array, ctx: Context, cache: Cache) -> tuple[Array, Cache]:
+        x = constrain(self.embedding(tokens, self.dtype), "batch", "sequence", None)
+        out = self.decoder(x, ctx, cache)
+        return self.norm(out.x), out.cache
+
+    def _head(self) -> Module:
+        return self.embedding if self.head is None else self.head
+
+
+def _logits(head: Module, hidden: Array, soft_cap: float | None) -> Array:
+    logits = head.attend(hidden) if type(head).Config.PROVIDES == "embedding" else head(hidden)
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)

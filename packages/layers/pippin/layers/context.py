@@ -1,0 +1,49 @@
+"""What a layer is told about its tokens, and what it gives back: the same for every layer."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int
+
+# A cache is a pytree that only the component that made it looks into.
+Cache = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValues:
+    """Keys and values that queries may attend to, and where each stands."""
+
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+    positions: Int[Array, "B S"]  # -1 where there is no key
+    segment_ids: Int[Array, "B S"] | None
+    # Key i is of the token of query i: no query attends to a key that lies behind it.
+    aligned: bool = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Where the tokens stand, and what they may attend to beside themselves."""
+
+    positions: Int[Array, "B T"]  # in their document; -1 for padding
+    segment_ids: Int[Array, "B T"] | None = (
+        None  # tokens attend within their segment; None: one segment a row
+    )
+    kv: KeyValues | None = (
+        None  # the keys and values of an earlier layer, for layers that have none of their own
+    )
+    # The caller reads the last position only, so that layers may leave out the others where no cache needs them.
+    last_only: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerOutput:
+    """The result of a layer or of a stack of layers."""
+
+    x: Float[Array, "B T D"]
+    cache: Cache  # None where none was passed in
+    kv: KeyValues | None = None  # what later layers may attend to

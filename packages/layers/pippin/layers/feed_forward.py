@@ -1,0 +1,42 @@
+"""Feed-forwards."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+from pippin.core.module import Module
+from pippin.core.sharding import constrain
+from pippin.layers.feed_forward_config import Activation, FeedForwardConfig
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    Activation.SILU: jax.nn.silu,
+    Activation.GELU: jax.nn.gelu,
+    Activation.RELU: jax.nn.relu,
+}
+
+
+class FeedForward(Module):
+    """Computes `down(activation(gate(x)) * up(x))`.
+
+    Source: Shazeer 2020, arXiv:2002.05202, section 2 (SwiGLU with SiLU).
+    """
+
+    Config = FeedForwardConfig
+
+    def __init__(self, cfg: FeedForwardConfig, *, rngs: nnx.Rngs):
+        into = {"input_dim": cfg.input_dim, "output_dim": cfg.hidden_dim, "output_axis": "mlp"}
+        self.gate_proj = cfg.gate_proj.set(**into).build(rngs=rngs)
+        self.up_proj = cfg.up_proj.set(**into).build(rngs=rngs)
+        out_of = {
+            "input_dim": cfg.hidden_dim,
+            "output_dim": cfg.input_dim,
+            "input_axis": "mlp",
+            "output_axis": "embed",
+        }
+        self.down_proj = cfg.down_proj.set(**out_of).build(rngs=rngs)
+        self.activation = ACTIVATIONS[cfg.activation]
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        hidden = self.activation(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(constrain(hidden, "batch", "sequence", "mlp"))

@@ -1,0 +1,193 @@
+"""The transformer layer, and the stacks that layers are put into.
+
+Everything here provides the interface "layer": it maps [B, T, D] to [B, T, D]
+in a context, with or without a cache.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+from pippin.core.config import Config
+from pippin.core.module import Module, merge, split
+from pippin.core.outputs import add_stacked, collect
+from pippin.core.sharding import constrain
+from pippin.layers.context import Cache, Context, LayerOutput
+from pippin.layers.stack_config import (
+    ParallelTracksConfig,
+    Remat,
+    RepeatConfig,
+    SequenceConfig,
+    SharedKVStackConfig,
+    TransformerLayerConfig,
+)
+
+_REMAT_POLICIES: dict[Remat, Any] = {
+    Remat.FULL: jax.checkpoint_policies.nothing_saveable,
+    Remat.SAVE_MATMULS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class TransformerLayer(Module):
+    """Computes `h = x + attention(norm(x))`, then `h + feed_forward(norm(h))`.
+
+    Source: Xiong et al. 2020, arXiv:2002.04745, figure 1b (pre-norm).
+    """
+
+    Config = TransformerLayerConfig
+
+    def __init__(self, cfg: TransformerLayerConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = cfg.norm.set(dim=cfg.input_dim).build(rngs=rngs)
+        self.attention = cfg.attention.set(input_dim=cfg.input_dim).build(rngs=rngs)
+        self.feed_forward_norm = cfg.norm.set(dim=cfg.input_dim).build(rngs=rngs)
+        self.feed_forward = cfg.feed_forward.set(input_dim=cfg.input_dim).build(rngs=rngs)
+
+    def init_cache(self, batch_size: int, max_len: int, dtype: jnp.dtype) -> Cache:
+        """An empty cache for positions below `max_len`."""
+        return self.attention.init_cache(batch_size, max_len, dtype)
+
+    def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
+        attended = self.attention(self.attention_norm(x), ctx, cache)
+        x = constrain(x + attended.x, "batch", "sequence", None)
+        x = x + self.feed_forward(self.feed_forward_norm(x))
+        return LayerOutput(constrain(x, "batch", "sequence", None), attended.cache, attended.kv)
+
+
+class Sequence(Module):
+    """Runs its layers in order. A layer that reads keys and values gets those of the last layer that made some."""
+
+    Config = SequenceConfig
+
+    def __init__(self, cfg: SequenceConfig, *, rngs: nnx.Rngs):
+        self.layers = nnx.List([c.set(input_dim=cfg.input_dim).build(rngs=rngs) for c in cfg.layers])
+
+    def init_cache(self, batch_size: int, max_len: int, dtype: jnp.dtype) -> Cache:
+        """An empty cache of each layer."""
+        return tuple(layer.init_cache(batch_size, max_len, dtype) for layer in self.layers)
+
+    def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
+        caches, kv = [], ctx.kv
+        for i, layer in enumerate(self.layers):
+            out = layer(x, dataclasses.replace(ctx, kv=kv), None if cache is None else cache[i])
+            x, kv = out.x, out.kv or kv
+            caches.append(out.cache)
+        return LayerOutput(x, None if cache is None else tuple(caches), kv)
+
+
+class Repeat(Module):
+    """Runs one layer n times by a scan over its stacked parameters: compile time does not grow with n."""
+
+    Config = RepeatConfig
+
+    def __init__(self, cfg: RepeatConfig, *, rngs: nnx.Rngs):
+        self.layer = _build_stacked(cfg.layer.set(input_dim=cfg.input_dim), cfg.num_layers, "layers", rngs)
+        self.num_layers, self.remat, self.unroll = cfg.num_layers, cfg.remat, cfg.unroll
+
+    def init_cache(self, batch_size: int, max_len: int, dtype: jnp.dtype) -> Cache:
+        """An empty cache of each layer, stacked."""
+        return _repeat_cache(self.layer.init_cache(batch_size, max_len, dtype), self.num_layers)
+
+    def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
+        definition, params = split(self.layer)
+
+        def body(x: Array, of_layer: Any) -> Any:
+            params, cache = of_layer
+            with collect() as outputs:
+                out = merge(definition, params)(x, ctx, cache)
+            return out.x, (out.cache, outputs)
+
+        if self.remat is not Remat.NONE:
+            body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+        x, (cache, outputs) = jax.lax.scan(body, x, (params, cache), unroll=self.unroll)
+        add_stacked(outputs)
+        return LayerOutput(x, cache)
+
+
+class SharedKVStack(Module):
+    """Runs block 1, then block 2 on the keys and values of block 1's last layer.
+
+    Where the caller reads the last position only, block 2, which has no cache to
+    fill, computes that position alone: prefill costs block 1.
+
+    Source: AFM 2025, arXiv:2507.13575, section 2.1.
+    """
+
+    Config = SharedKVStackConfig
+
+    def __init__(self, cfg: SharedKVStackConfig, *, rngs: nnx.Rngs):
+        dim = {"input_dim": cfg.input_dim}
+        first = RepeatConfig(**dim, layer=cfg.layer, num_layers=cfg.num_layers - 1, remat=cfg.remat)
+        readers = RepeatConfig(**dim, layer=cfg.reader, num_layers=cfg.num_readers, remat=cfg.remat)
+        self.first = first.build(rngs=rngs)
+        self.source = cfg.layer.set(**dim).build(rngs=rngs)  # not in the scan: its keys and values come out
+        self.readers = readers.build(rngs=rngs)
+
+    def init_cache(self, batch_size: int, max_len: int, dtype: jnp.dtype) -> Cache:
+        """An empty cache of block 1."""
+        return tuple(m.init_cache(batch_size, max_len, dtype) for m in (self.first, self.source))
+
+    def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
+        first = self.first(x, ctx, None if cache is None else cache[0])
+        source = self.source(first.x, ctx, None if cache is None else cache[1])
+        x, kv = source.x, source.kv
+        if ctx.last_only:
+            segments = None if ctx.segment_ids is None else ctx.segment_ids[:, -1:]
+            x, ctx = x[:, -1:], Context(ctx.positions[:, -1:], segments, last_only=True)
+            kv = dataclasses.replace(kv, aligned=False)
+        x = self.readers(x, dataclasses.replace(ctx, kv=kv)).x
+        return LayerOutput(x, None if cache is None else (first.cache, source.cache), kv)
+
+
+class ParallelTracks(Module):
+    """Runs each track on the same input, and averages their results.
+
+    Tracks meet at the end only, so that each can live on devices of its own.
+
+    Source: the server model of AFM 2025, arXiv:2507.13575, section 2.2 (PT); arXiv:2602.07306.
+    """
+
+    Config = ParallelTracksConfig
+
+    def __init__(self, cfg: ParallelTracksConfig, *, rngs: nnx.Rngs):
+        self.track = _build_stacked(cfg.layer.set(input_dim=cfg.input_dim), cfg.num_tracks, "tracks", rngs)
+        self.num_tracks = cfg.num_tracks
+
+    def init_cache(self, batch_size: int, max_len: int, dtype: jnp.dtype) -> Cache:
+        """An empty cache of each track, stacked."""
+        return _repeat_cache(self.track.init_cache(batch_size, max_len, dtype), self.num_tracks)
+
+    def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
+        definition, params = split(self.track)
+
+        def run(params: Any, cache: Cache) -> Any:
+            with collect() as outputs:
+                out = merge(definition, params)(x, ctx, cache)
+            return out.x, out.cache, outputs
+
+        xs, cache, outputs = jax.vmap(run)(params, cache)
+        add_stacked(outputs)
+        return LayerOutput(jnp.mean(xs, axis=0), cache)
+
+
+def _build_stacked(cfg: Config, n: int, axis: str, rngs: nnx.Rngs) -> Any:
+    """The module of a config with parameters of n, stacked on a first dim that has a logical axis of its own."""
+    definition: Any = None
+
+    def init(key: Array) -> Any:
+        nonlocal definition
+        definition, state = nnx.split(cfg.build(rngs=nnx.Rngs(params=key)))
+        return state
+
+    state = jax.vmap(init)(jax.random.split(rngs.params(), n))
+    module = nnx.merge(definition, state)
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Variable):
+            node.set_metadata(axes=(axis, *node.get_metadata()["axes"]))
+    return module
+
+
+def _repeat_cache(cache: Cache, n: int) -> Cache:
+    return jax.tree.map(lambda a: jnp.broadcast_to(a[None], (n, *a.shape)), cache)

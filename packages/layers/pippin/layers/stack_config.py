@@ -1,0 +1,74 @@
+"""Configs of layers and of stacks of layers. A stack is a layer: they compose freely."""
+
+import enum
+from typing import Annotated
+
+from pippin.core.config import REQUIRED, Config, Required, Slot
+from pippin.core.errors import ConfigError
+from pippin.layers.attention_config import GroupedQueryAttentionConfig, SharedKVAttentionConfig
+from pippin.layers.feed_forward_config import FeedForwardConfig
+from pippin.layers.norm_config import RMSNormConfig
+
+
+class TransformerLayerConfig(Config, implementation="pippin.layers.stack:TransformerLayer", provides="layer"):
+    """Attention and a feed-forward, each behind a norm and around a residual connection."""
+
+    input_dim: Required[int] = REQUIRED
+    attention: Annotated[Config, Slot("attention")] = GroupedQueryAttentionConfig()
+    feed_forward: Annotated[Config, Slot("feed_forward")] = FeedForwardConfig()
+    norm: Annotated[Config, Slot("norm")] = RMSNormConfig()
+
+
+class Remat(enum.StrEnum):
+    """What of a layer's forward pass is computed again in the backward pass, to save memory."""
+
+    NONE = "none"
+    FULL = "full"  # everything but the layer's input
+    SAVE_MATMULS = "save_matmuls"  # everything but the results of products with weights
+
+
+class RepeatConfig(Config, implementation="pippin.layers.stack:Repeat", provides="layer"):
+    """One layer n times, each with parameters of its own, compiled once by a scan."""
+
+    input_dim: Required[int] = REQUIRED
+    layer: Annotated[Config, Slot("layer")] = TransformerLayerConfig()
+    num_layers: Required[int] = REQUIRED
+    remat: Remat = Remat.NONE
+    unroll: int = 1  # how many layers one turn of the scan's loop holds
+
+    def validate(self) -> None:
+        if isinstance(self.num_layers, int) and self.num_layers < 1:
+            raise ConfigError(f"Repeat: num_layers ({self.num_layers}) must be at least 1.")
+
+
+class SequenceConfig(Config, implementation="pippin.layers.stack:Sequence", provides="layer"):
+    """Different layers, one after the other: a pattern of local and global attention, say."""
+
+    input_dim: Required[int] = REQUIRED
+    layers: tuple[Annotated[Config, Slot("layer")], ...] = ()
+
+
+class SharedKVStackConfig(Config, implementation="pippin.layers.stack:SharedKVStack", provides="layer"):
+    """Two blocks: the layers of the second read the keys and values of the first one's last layer."""
+
+    input_dim: Required[int] = REQUIRED
+    layer: Annotated[Config, Slot("layer")] = TransformerLayerConfig()
+    num_layers: Required[int] = REQUIRED  # of the first block
+    reader: Annotated[Config, Slot("layer")] = TransformerLayerConfig(attention=SharedKVAttentionConfig())
+    num_readers: Required[int] = REQUIRED  # layers of the second block
+    remat: Remat = Remat.NONE
+
+    def validate(self) -> None:
+        for name in ("num_layers", "num_readers"):
+            value = getattr(self, name)
+            least = 2 if name == "num_layers" else 1
+            if isinstance(value, int) and value < least:
+                raise ConfigError(f"SharedKVStack: {name} ({value}) must be at least {least}.")
+
+
+class ParallelTracksConfig(Config, implementation="pippin.layers.stack:ParallelTracks", provides="layer"):
+    """Several copies of a layer, each with parameters of its own, on one input; the results are averaged."""
+
+    input_dim: Required[int] = REQUIRED
+    layer: Annotated[Config, Slot("layer")] = TransformerLayerConfig()
+    num_tracks: Required[int] = REQUIRED
