@@ -55,6 +55,7 @@ def py_module(
         test_deps = [],
         test_data = [],
         test_env = {},
+        test_peers = [],
         test_size = "medium",
         test_tags = [],
         testonly = False,
@@ -70,6 +71,7 @@ def py_module(
         test_deps: what only the test imports.
         test_data: what only the test reads or runs.
         test_env: the test's environment.
+        test_peers: targets of @peers (transformers, torch): see py_test.
         test_size: small is a minute at most, medium five, large fifteen.
         test_tags: the test's tags.
         testonly: only tests may depend on it.
@@ -96,6 +98,7 @@ def py_module(
             srcs = [name + "_test.py"],
             data = test_data,
             env = test_env,
+            peers = test_peers,
             size = test_size,
             tags = test_tags,
             deps = [":" + name] + [d for d in deps if d not in test_deps] + test_deps,
@@ -120,8 +123,9 @@ def py_tests(name, srcs, **kwargs):
 
 def all_modules():
     """The last line of a BUILD file: :all_modules and :all_tests, all that it declares."""
+    init = _init(native.package_name())
     rules = native.existing_rules()
-    modules = [n for n, r in rules.items() if r["kind"] in ["py_library", "py_binary"] and not r.get("testonly")]
+    modules = [init] + [n for n, r in rules.items() if r["kind"] in ["py_library", "_py_binary"] and not r.get("testonly")]
     tests = [n for n, r in rules.items() if r["kind"] == "_py_test" or r.get("testonly")]
     py_library(
         name = "all_modules",

@@ -1,7 +1,8 @@
 """Third-party Python packages, from a hash-locked requirements file.
 
 pip_repository makes one virtual environment with every locked distribution
-and one target for each: @pip//:jax, @pip//:orbax_checkpoint, ...
+and one target for each: @pip//:jax, @pip//:orbax_checkpoint, ... Its
+interpreter is venv/bin/python beside @pip//:python.txt.
 
 Depending on such a target does not put the distribution on sys.path (the whole
 environment always is): it makes a list of the hashes of the distribution's
@@ -11,38 +12,45 @@ only then.
 """
 
 _PROBE = "import sys, ensurepip, venv; print('%d.%d' % sys.version_info[:2])"
+_PYTHON_ENV = ["PIPPIN_PYTHON", "PIPPIN_PYTHON311"]
 
 def _candidates(rctx):
+    """Where to look: pairs of a place, in words, and the interpreters there."""
     version = rctx.attr.python_version
     env = rctx.os.environ
-    if env.get("PIPPIN_PYTHON"):
-        return [env["PIPPIN_PYTHON"]]
-    found = [rctx.which("python" + version)]
+    named = env.get(rctx.attr.python_env)
+    if named:
+        return [(rctx.attr.python_env, [named])]
 
     # pyenv's shims are on PATH for every installed version, but only run for
     # the selected ones: look behind them.
-    pyenv = rctx.path(env.get("PYENV_ROOT", env.get("HOME", "/") + "/.pyenv") + "/versions")
-    if pyenv.exists:
-        for entry in sorted([p.basename for p in pyenv.readdir()], reverse = True):
-            if entry.startswith(version + "."):
-                found.append(pyenv.get_child(entry).get_child("bin").get_child("python3"))
-    return found + [rctx.which("python3"), rctx.which("python")]
+    versions = rctx.path(env.get("PYENV_ROOT", env.get("HOME", "/") + "/.pyenv") + "/versions")
+    pyenv = [
+        versions.get_child(entry).get_child("bin").get_child("python3")
+        for entry in (sorted([p.basename for p in versions.readdir()], reverse = True) if versions.exists else [])
+        if entry.startswith(version + ".")
+    ]
+    on_path = [(name + " on PATH", [rctx.which(name)]) for name in ["python" + version, "python3", "python"]]
+    return on_path[:1] + [("%s/%s.*" % (versions, version), pyenv)] + on_path[1:]
 
 def _find_python(rctx):
     tried = []
-    for candidate in _candidates(rctx):
-        if candidate == None:
-            continue
-        result = rctx.execute([candidate, "-c", _PROBE])
-        answer = result.stdout.strip() if result.return_code == 0 else "not usable"
-        if answer == rctx.attr.python_version:
-            return candidate
-        tried.append("  %s: %s" % (candidate, answer))
+    for place, candidates in _candidates(rctx):
+        candidates = [c for c in candidates if c]
+        if not candidates:
+            tried.append("  %s: nothing there" % place)
+        for candidate in candidates:
+            result = rctx.execute([candidate, "-c", _PROBE])
+            answer = "Python " + result.stdout.strip() if result.return_code == 0 else "not usable"
+            if answer == "Python " + rctx.attr.python_version:
+                return candidate
+            tried.append("  %s, %s: %s" % (place, candidate, answer))
     fail("\n".join([
-        "no Python %s with the venv module was found." % rctx.attr.python_version,
-        "Put python%s on PATH, install it with pyenv, or set PIPPIN_PYTHON to it." % rctx.attr.python_version,
-        "Tried:",
-    ] + (tried or ["  nothing: none on PATH"])))
+        "no Python %s with the venv module was found for @%s." % (rctx.attr.python_version, rctx.name),
+        "Put python%s on PATH, install it with pyenv, or set %s to it." %
+        (rctx.attr.python_version, rctx.attr.python_env),
+        "Looked in:",
+    ] + tried))
 
 def _run(rctx, what, command):
     rctx.report_progress(what)
@@ -85,7 +93,9 @@ def _pip_repository_impl(rctx):
         _run(rctx, "Installing the sources", install + ["--no-build-isolation", "-r", "sources.txt"])
 
     # Not by pip, which uses one core. A sandbox could not write them later.
-    _run(rctx, "Compiling the installed distributions", [python, "-m", "compileall", "-q", "-j0", "venv/lib"])
+    # Some distributions hold files for other versions of Python, which fail.
+    rctx.report_progress("Compiling the installed distributions")
+    rctx.execute([python, "-m", "compileall", "-qq", "-j0", "venv/lib"], timeout = 3600)
     _run(rctx, "Checking the installed distributions", [python, "-m", "pip", "check"])
     _run(rctx, "Listing the installed distributions", [python, index])
 
@@ -94,9 +104,14 @@ pip_repository = repository_rule(
     doc = "A virtual environment with every distribution of a lock file, and a target for each.",
     attrs = {
         "python_version": attr.string(mandatory = True, doc = "Such as 3.12."),
+        "python_env": attr.string(
+            default = "PIPPIN_PYTHON",
+            doc = "The environment variable that may name the interpreter.",
+            values = _PYTHON_ENV,
+        ),
         "requirements": attr.label(mandatory = True, allow_single_file = True, doc = "The lock file, with hashes."),
         "sources": attr.string_list(doc = "The locked distributions that exist only as source."),
         "_index": attr.label(default = "//bazel:pip_index.py"),
     },
-    environ = ["PIPPIN_PYTHON", "PYENV_ROOT"],
+    environ = _PYTHON_ENV + ["PYENV_ROOT"],
 )

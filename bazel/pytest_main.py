@@ -26,7 +26,13 @@ class Shard:
 def main(arguments):
     env = os.environ
     root = pathlib.Path(__file__).parents[1]
-    options = [f"--rootdir={root}", f"--config-file={root / 'pyproject.toml'}", "-p", "no:cacheprovider", "-ra"]
+    options = [
+        f"--rootdir={root}",
+        f"--config-file={root / 'pyproject.toml'}",
+        "-p",
+        "no:cacheprovider",
+        "-ra",
+    ]
     plugins = []
     may_be_empty = False
     if "TEST_TMPDIR" in env:

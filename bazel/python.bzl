@@ -137,7 +137,6 @@ def _launch(ctx, main, files, arguments):
         The target's providers.
     """
     info = _own_info(ctx)
-    env = dict(ctx.attr.env)
     launcher = ctx.actions.declare_file(ctx.label.name)
     ctx.actions.expand_template(
         template = ctx.file._launcher,
@@ -145,7 +144,10 @@ def _launch(ctx, main, files, arguments):
         is_executable = True,
         substitutions = {
             "%ARGUMENTS%": " ".join(['"$runfiles/%s"' % a for a in arguments]),
-            "%ENV%": "\n".join(["export %s='%s'" % (k, v) for k, v in env.items()]),
+            "%ENV%": "\n".join(
+                ["export %s='%s'" % (k, v) for k, v in ctx.attr.env.items()] +
+                [_export_python(ctx, marker.files, k) for marker, k in ctx.attr.interpreters.items()],
+            ),
             "%IMPORTS%": ":".join(["$runfiles/" + i for i in info.imports.to_list()]),
             "%MAIN%": main,
             "%PYTHON%": _runfiles_path(ctx, ctx.file._python),
@@ -155,11 +157,16 @@ def _launch(ctx, main, files, arguments):
         DefaultInfo(
             executable = launcher,
             files = depset([launcher]),
-            runfiles = _runfiles(ctx, files + [ctx.file._python] + ctx.files.srcs),
+            runfiles = _runfiles(ctx, files + [ctx.file._python] + ctx.files.interpreters + ctx.files.srcs),
         ),
         info,
         _check_imports(ctx, info),
     ]
+
+def _export_python(ctx, marker, variable):
+    """Sets a variable to the interpreter beside a marker such as @peers//:python.txt."""
+    path = _runfiles_path(ctx, marker.to_list()[0])
+    return 'export %s=$(dirname "$(readlink -f "$runfiles/%s")")/venv/bin/python' % (variable, path)
 
 def _script(ctx, file):
     return '"$runfiles/%s"' % _runfiles_path(ctx, file)
@@ -184,10 +191,14 @@ def _py_test_impl(ctx):
 _EXECUTABLE_ATTRS = dict(
     _LIBRARY_ATTRS,
     env = attr.string_dict(),
+    interpreters = attr.label_keyed_string_dict(
+        allow_files = True,
+        doc = "The python.txt of other environments -> the variables that name their interpreters.",
+    ),
     _launcher = attr.label(default = "//bazel:launcher.sh.tpl", allow_single_file = True),
 )
 
-py_binary = rule(
+_py_binary = rule(
     implementation = _py_binary_impl,
     attrs = dict(
         _EXECUTABLE_ATTRS,
@@ -207,15 +218,34 @@ _py_test = rule(
     test = True,
 )
 
+def _with_peers(peers, kwargs):
+    """Adds what `peers` stands for: the distributions, their interpreter, and a tag."""
+    if peers:
+        kwargs["data"] = kwargs.get("data", []) + peers
+        kwargs["interpreters"] = {"@peers//:python.txt": "PIPPIN_PEERS_PYTHON"}
+        kwargs["tags"] = kwargs.get("tags", []) + ["peers"]
+    return kwargs
+
+def py_binary(name, peers = [], **kwargs):
+    """A program.
+
+    Args:
+        name: the target's name.
+        peers: targets of @peers. PIPPIN_PEERS_PYTHON names the interpreter that imports them.
+        **kwargs: see the rule.
+    """
+    _py_binary(name = name, **_with_peers(peers, kwargs))
+
 # What conftest.py and pyproject.toml ask for.
 _PYTEST = ["@pip//:beartype", "@pip//:hypothesis", "@pip//:jaxtyping", "@pip//:pytest"]
 
-def py_test(name, deps = [], size = "medium", **kwargs):
+def py_test(name, deps = [], peers = [], size = "medium", **kwargs):
     """A test that runs its srcs with pytest.
 
     Args:
         name: the target's name.
         deps: what it imports, pytest aside.
+        peers: targets of @peers. PIPPIN_PEERS_PYTHON names the interpreter that imports them.
         size: its time limit: small is a minute, medium five, large fifteen.
         **kwargs: see the rule.
     """
@@ -223,7 +253,7 @@ def py_test(name, deps = [], size = "medium", **kwargs):
         name = name,
         deps = deps + [d for d in _PYTEST if d not in deps],
         size = size,
-        **kwargs
+        **_with_peers(peers, kwargs)
     )
 
 def _pip_package_impl(ctx):
