@@ -121,11 +121,12 @@ def py_tests(name, srcs, **kwargs):
         **kwargs
     )
 
+# buildifier: disable=unnamed-macro
 def all_modules():
     """The last line of a BUILD file: :all_modules and :all_tests, all that it declares."""
-    init = _init(native.package_name())
+    _init(native.package_name())
     rules = native.existing_rules()
-    modules = [init] + [n for n, r in rules.items() if r["kind"] in ["py_library", "_py_binary"] and not r.get("testonly")]
+    modules = [n for n, r in rules.items() if r["kind"] in ["py_library", "_py_binary"] and not r.get("testonly")]
     tests = [n for n, r in rules.items() if r["kind"] == "_py_test" or r.get("testonly")]
     py_library(
         name = "all_modules",
