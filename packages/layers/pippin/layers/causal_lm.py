@@ -26,10 +26,9 @@ class CausalLM(Module):
         self.embedding = cfg.embedding.set(vocab_size=cfg.vocab_size, dim=cfg.dim).build(rngs=rngs)
         self.decoder = cfg.decoder.set(input_dim=cfg.dim).build(rngs=rngs)
         self.norm = cfg.norm.set(dim=cfg.dim).build(rngs=rngs)
-        self.head = None
-        if cfg.head is not None:
-            ends = {"input_dim": cfg.dim, "output_dim": cfg.vocab_size, "output_axis": "vocab"}
-            self.head = cfg.head.set(**ends).build(rngs=rngs)
+        ends = {"input_dim": cfg.dim, "output_dim": cfg.vocab_size, "output_axis": "vocab"}
+        # In one assignment: nnx fixes at the first whether an attribute holds parameters.
+        self.head = None if cfg.head is None else cfg.head.set(**ends).build(rngs=rngs)
         self.logit_soft_cap, self.z_loss = cfg.logit_soft_cap, cfg.z_loss
         self.dtype = jnp.dtype(cfg.activation_dtype.value)
         self.loss_chunk_tokens = cfg.loss_chunk_tokens
