@@ -1,0 +1,66 @@
+"""What a config would run as on this machine: devices, mesh, parameters, rules and kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import jax
+import numpy as np
+
+from pippin.core.config_tree import traverse
+from pippin.train.learner.rules import describe_rules
+from pippin.train.trainer import Trainer
+from pippin.train.trainer_config import TrainerConfig
+
+
+def explain(cfg: TrainerConfig) -> str:
+    """Several paragraphs for a person. Builds the model's shapes, and none of its values.
+
+    Raises:
+        PippinError: the config does not fit this machine or itself.
+    """
+    trainer: Trainer = cfg.build(held_out=lambda n: ())
+    return "\n".join([*_machine(trainer), *_parameters(trainer), *_kernels(cfg), *_rules(trainer)]) + "\n"
+
+
+def _machine(trainer: Trainer) -> list[str]:
+    device = jax.devices()[0]
+    sizes = ", ".join(f"{axis} {n}" for axis, n in trainer.mesh.shape.items() if n > 1) or "one device"
+    rows, length = trainer.cfg.input.batch_size, trainer.cfg.input.sequence_length
+    return [
+        f"devices: {jax.device_count()} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es)",
+        f"mesh: {sizes}",
+        f"batch: {rows} rows of {length} tokens, in {trainer.cfg.learner.microbatches} microbatch(es)",
+        f"training: {trainer.cfg.steps:,} steps, {trainer.cfg.steps * rows * length:,} tokens",
+        "",
+    ]
+
+
+def _parameters(trainer: Trainer) -> list[str]:
+    """Elements by the type of the component that holds them, under the interface that it serves."""
+    counts: Counter[str] = Counter()
+    for info in jax.tree.leaves(trainer.infos):
+        served = [p for p in info.provides if p not in ("causal_lm", "layer", "linear", "grouped_linear")]
+        counts[f"{info.owners[-1]} in {served[-1]}" if served else info.owners[-1]] += int(
+            np.prod(info.shape)
+        )
+    rows = [f"  {n:>15,}  {name}" for name, n in counts.most_common()]
+    bytes_of_state = sum(s.dtype.itemsize * s.size for s in jax.tree.leaves(trainer.template))
+    return [
+        f"parameters: {trainer.num_params:,} (training state {bytes_of_state / 2**20:,.1f} MiB over all devices)",
+        *rows,
+        "",
+    ]
+
+
+def _kernels(cfg: TrainerConfig) -> list[str]:
+    lines = [
+        f"  {path}: {type(part).TYPE}"
+        for path, part in traverse(cfg.model)
+        if part.PROVIDES == "attention_kernel"
+    ]
+    return ["attention kernels, as the config sets them:", *lines, ""]
+
+
+def _rules(trainer: Trainer) -> list[str]:
+    return ["learner:", describe_rules(trainer.cfg.learner, trainer.infos)]

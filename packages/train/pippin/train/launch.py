@@ -1,0 +1,181 @@
+"""The command `bazel run //packages/train:launch`, and `pippin-train`: trains a recipe.
+
+Nothing heavy is imported before it is needed: `--help`, `--list` and
+`--print-config` answer without JAX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+_STARTED = time.monotonic()
+
+from pippin.core import config_tree
+from pippin.core.component import to_text
+from pippin.core.errors import ConfigError, PippinError
+from pippin.train import recipe as recipes
+from pippin.train.errors import Preempted
+from pippin.train.trainer_config import TrainerConfig
+
+DEFAULT_RECIPE = "stdlib_tiny"
+
+# Exit codes: sysexits.h, so that a launcher can tell what to do.
+EXIT_USAGE = 2  # the command or its input is wrong: running it again gives the same
+EXIT_PREEMPTED = 75  # asked to stop, and saved: run it again to go on
+
+_EPILOG = """
+A run that was stopped goes on when the same command is run again. Examples:
+
+  launch                                          trains a small model on Python's standard library
+  launch --data 'books/**/*.txt' --out runs/mine  on text of your own
+  launch --set model.decoder.layer.feed_forward=MoE --out runs/moe
+                                                  with a mixture of experts in every layer
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    # `bazel run` starts programs elsewhere; paths are relative to where the user typed.
+    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
+    try:
+        return _run(args)
+    except PippinError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch",
+        description="Trains a recipe. Without arguments, a small language model in minutes on a CPU.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"what to train (default: {DEFAULT_RECIPE})")
+    parser.add_argument(
+        "--recipe-file", type=Path, metavar="FILE", help="a Python file of your own with an @recipe"
+    )
+    parser.add_argument("--list", action="store_true", help="list the recipes")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="change a field of the config; repeatable",
+    )
+    parser.add_argument("--steps", type=int, help="how many steps to train (sets `steps`)")
+    parser.add_argument(
+        "--data", metavar="GLOB", help="train on these .txt, .jsonl, .jsonl.gz or .parquet files instead"
+    )
+    parser.add_argument(
+        "--text-field", default="text", metavar="NAME", help="the field of --data that holds the text"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's directory (default: runs/RECIPE)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out; an error if there is none"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the config as text, and stop")
+    parser.add_argument(
+        "--print-proto", action="store_true", help="print the config as a textproto, and stop"
+    )
+    parser.add_argument("--explain", action="store_true", help="say what would run on this machine, and stop")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    added = recipes.load_file(args.recipe_file) if args.recipe_file else []
+    if args.list:
+        _print_list()
+        return 0
+    name = added[0] if len(added) == 1 and args.recipe == DEFAULT_RECIPE else args.recipe
+    cfg = configure(name, args.set, steps=args.steps, data=args.data, text_field=args.text_field)
+    if args.print_config or args.print_proto:
+        print(to_text(cfg) if args.print_proto else config_tree.config_text(cfg), end="")
+        return 0
+    if args.explain:
+        from pippin.train.explain import explain
+
+        print(explain(cfg), end="")
+        return 0
+    out = args.out or Path("runs") / name
+    if args.resume and not (out / "trainer.textproto").exists():
+        raise ConfigError(
+            f"--resume: {out} holds no run. Leave out --resume to start one, or give its --out."
+        )
+    return _train(cfg, out.absolute(), name)
+
+
+def configure(
+    name: str,
+    changes: Sequence[str] = (),
+    *,
+    steps: int | None = None,
+    data: str | None = None,
+    text_field: str = "text",
+) -> TrainerConfig:
+    """The config of a recipe with a command line's changes.
+
+    Raises:
+        ConfigError: there is no such recipe, or a change does not fit it.
+    """
+    cfg = recipes.get(name).make()
+    if data is not None:
+        from pippin.train.input.config import use_files
+
+        cfg = use_files(data, text_field)(cfg)
+    pairs: dict[str, str] = {}
+    for change in changes:
+        path, equals, value = change.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"--set got {change!r}. Write PATH=VALUE, such as learner.learning_rate=0.001.")
+        pairs[path] = value
+    if steps is not None:
+        pairs["steps"] = str(steps)
+    return config_tree.override(cfg, pairs)  # type: ignore[return-value]
+
+
+def _print_list() -> None:
+    known = recipes.all_recipes()
+    width = max(map(len, known))
+    for name, entry in known.items():
+        print(f"{name:<{width}}  {entry.summary}")
+
+
+def _train(cfg: TrainerConfig, out: Path, name: str) -> int:
+    from pippin.train.job import run_job
+
+    try:
+        summary = run_job(cfg, out, name, started=_STARTED)
+    except Preempted as e:
+        print(f"{e}. Run the same command again to go on.", file=sys.stderr)
+        return EXIT_PREEMPTED
+    from pippin.train.run_directory import RunDirectory
+
+    print(summary.text(RunDirectory(out), cfg.steps))
+    print(_next_commands(out))
+    return 0
+
+
+def _next_commands(out: Path) -> str:
+    run = (
+        "bazel run //packages/train:launch --" if "BUILD_WORKING_DIRECTORY" in os.environ else "pippin-train"
+    )
+    return (
+        "next\n"
+        f"  {run} --set model.decoder.layer.feed_forward=MoE --out runs/moe   # another architecture\n"
+        f"  {run} --data 'PATTERN' --out runs/mine                            # text of your own\n"
+        f"  tensorboard --logdir {out.parent}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

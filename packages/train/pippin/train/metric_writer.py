@@ -1,0 +1,47 @@
+"""Metrics to a JSON Lines file and to TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from tensorboardX import SummaryWriter
+
+from pippin.train.run_directory import RunDirectory
+
+
+class MetricWriter:
+    """Writes scalars by step, to both places at once."""
+
+    def __init__(self, run: RunDirectory, first_step: int):
+        """
+        Args:
+            run: where to write.
+            first_step: TensorBoard hides what an earlier attempt wrote for this step and later ones.
+        """
+        self._lines = run.metrics.open("a")
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Writes one line `{"kind", "step", **values}`. A number that JSON cannot hold becomes null."""
+        line = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._lines.write(json.dumps({"kind": kind, "step": step, **line}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._lines.close()
+        self._board.close()

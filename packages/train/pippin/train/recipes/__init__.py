@@ -1,0 +1,1 @@
+"""The recipes: one short file each. See `pippin.train.recipe`."""

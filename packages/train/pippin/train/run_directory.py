@@ -1,0 +1,104 @@
+"""The directory of a run: what it holds, and whose it is.
+
+RUN/trainer.textproto   the whole config tree of the run
+RUN/tokenizer/          the tokenizer that the model was trained with
+RUN/checkpoints/STEP/   the training state (pippin.core.checkpoint)
+RUN/metrics.jsonl       one line a logged step or evaluation
+RUN/tensorboard/        the same, for TensorBoard
+RUN/record.textproto    what became of the last attempt, and where its time went
+RUN/loss.png            the loss curve
+RUN/report.html         the run at a glance
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from google.protobuf.message import Message
+
+from pippin.core.component import from_text, to_text
+from pippin.core.config_tree import diff
+from pippin.core.errors import ConfigError
+from pippin.train.trainer_config import TrainerConfig
+
+_SHOWN_DIFFERENCES = 20
+
+
+class RunDirectory:
+    """The files of one run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "trainer.textproto"
+        self.tokenizer = path / "tokenizer"
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.record = path / "record.textproto"
+        self.loss_plot = path / "loss.png"
+        self.report = path / "report.html"
+
+    def claim(self, cfg: TrainerConfig) -> bool:
+        """Makes the directory for a run of this config; whether it held one already.
+
+        Raises:
+            ConfigError: it holds a run of another config, or files that are no run's.
+        """
+        if self.config.exists():
+            theirs = from_text(self.config.read_text())
+            if theirs == cfg:
+                return True
+            lines = diff(theirs, cfg)
+            more = (
+                [f"... and {len(lines) - _SHOWN_DIFFERENCES} more"] if len(lines) > _SHOWN_DIFFERENCES else []
+            )
+            raise ConfigError(
+                f"{self.path} holds a run of another config. The differences (there -> now):\n  "
+                + "\n  ".join(lines[:_SHOWN_DIFFERENCES] + more)
+                + "\nA run goes on with its own config only. Give this one another --out, or remove the directory."
+            )
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ConfigError(
+                f"--out {self.path} is not empty and holds no run (no {self.config.name}). "
+                "Give an empty or new directory, so that nothing is overwritten."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.config, to_text(cfg))
+        return False
+
+    def trim_metrics(self, last_step: int) -> None:
+        """Drops the lines of steps after `last_step`, which will be done again, and a half-written last one."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut off by a kill
+            if values["step"] <= last_step:
+                kept.append(line)
+        write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return (
+            [json.loads(line) for line in self.metrics.read_text().splitlines()]
+            if self.metrics.exists()
+            else []
+        )
+
+    def write_record(self, record: Message) -> None:
+        """Writes record.textproto."""
+        write_text(self.record, text_format.MessageToString(record))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

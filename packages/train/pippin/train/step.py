@@ -1,0 +1,46 @@
+"""One training step, as a pure function of the state and a batch."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pippin.core.batch import Batch
+from pippin.core.module import Params, merge
+from pippin.train.learner.accumulate import accumulate
+from pippin.train.learner.learner import Learner, LearnerState
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+class TrainState(NamedTuple):
+    """All that a step changes: what a checkpoint holds beside the input's state."""
+
+    step: Int[Array, ""]  # steps done, skipped ones included
+    params: Params
+    learner: LearnerState
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_step(definition: Any, learner: Learner, microbatches: int) -> Step:
+    """The step function of a model and a learner. Jit it with the state donated.
+
+    The metrics describe the parameters that made the loss, not those that the step returns.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def loss(params: Params, rows: Batch) -> tuple[Float[Array, ""], Metrics]:
+            return merge(definition, params).loss(rows)
+
+        def loss_and_grad(rows: Any) -> Any:
+            return jax.value_and_grad(loss, has_aux=True)(state.params, rows)
+
+        (value, metrics), grads = accumulate(loss_and_grad, batch, microbatches)
+        params, learner_state, learner_metrics = learner.update(state.params, grads, state.learner)
+        new = TrainState(state.step + 1, params, learner_state)
+        return new, {"loss": value, **metrics, **learner_metrics}
+
+    return step

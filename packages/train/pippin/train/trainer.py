@@ -1,0 +1,124 @@
+"""The parts of a training run, built from its config and put on the mesh. The order of things is in loop.py."""
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pippin.core.batch import Batch
+from pippin.core.errors import ConfigError
+from pippin.core.module import parameter_infos, split
+from pippin.core.sharding import use_mesh
+from pippin.train.step import Metrics, TrainState, make_step
+from pippin.train.trainer_config import TrainerConfig
+
+Batches = Callable[[int], Iterable[Batch]]  # how many, at most -> held-out batches, the same each time
+
+
+class Trainer:
+    """A model's definition, learner, mesh and compiled step. It holds no training state."""
+
+    Config = TrainerConfig
+
+    def __init__(self, cfg: TrainerConfig, *, held_out: Batches):
+        """
+        Args:
+            cfg: the run.
+            held_out: batches for the evaluators.
+
+        Raises:
+            ConfigError: the parts do not fit each other.
+            ShardingError: the mesh does not fit the devices.
+        """
+        names = [e.name for e in cfg.evaluators]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"evaluators are named {names}: give each a name of its own.")
+        self.cfg = cfg
+        self.mesh = cfg.mesh.make()
+        abstract = nnx.eval_shape(lambda: cfg.model.build(rngs=nnx.Rngs(0)))
+        self.definition, shapes = split(abstract)
+        self.infos = parameter_infos(abstract)
+        self.learner = cfg.learner.build(infos=self.infos, total_steps=cfg.steps)
+        self.evaluators = {
+            e.name: e.build(definition=self.definition, batches=held_out, place=self.place)
+            for e in cfg.evaluators
+        }
+        self._sharding = self._state_shardings(shapes)
+        self._batch_sharding = self._named(("batch", "sequence"))
+
+    @property
+    def num_params(self) -> int:
+        """How many numbers the model has learned."""
+        return sum(int(np.prod(i.shape)) for i in jax.tree.leaves(self.infos))
+
+    def init(self) -> TrainState:
+        """The state before the first step, made on the devices that hold it."""
+        return jax.jit(self._init, out_shardings=self._sharding)()
+
+    @cached_property
+    def template(self) -> TrainState:
+        """The state's shapes, dtypes and shardings: what a checkpoint is loaded into."""
+        return jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+            jax.eval_shape(self._init),
+            self._sharding,
+        )
+
+    def compile(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        """The compiled step: it takes over the state that it is given."""
+        rows, length = self.cfg.input.batch_size, self.cfg.input.sequence_length
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, length), kind, sharding=self._batch_sharding)
+            for name, kind in _BATCH_DTYPES.items()
+        }
+        step = make_step(self.definition, self.learner, self.cfg.learner.microbatches)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(self._sharding, None))
+        if self.mesh.size == 1:
+            return jitted.lower(self.template, batch).compile()
+        with use_mesh(self.cfg.mesh, self.mesh):
+            return jitted.lower(self.template, batch).compile()
+
+    def place(self, batch: Batch) -> Batch:
+        """A batch of this process's rows, on the devices."""
+        return {  # type: ignore[return-value]
+            name: jax.make_array_from_process_local_data(self._batch_sharding, np.asarray(value))
+            for name, value in batch.items()
+        }
+
+    def require_vocabulary(self, size: int) -> None:
+        """Raises `ConfigError` unless the model has a vector for each id of a tokenizer."""
+        if self.cfg.model.vocab_size < size:
+            raise ConfigError(
+                f"the tokenizer has {size} ids, and model.vocab_size is {self.cfg.model.vocab_size}: every id needs a "
+                f"vector. Set model.vocab_size to {size} or more, or use a smaller tokenizer."
+            )
+
+    def _init(self) -> TrainState:
+        model = self.cfg.model.build(rngs=nnx.Rngs(params=self.cfg.seed))
+        params = split(model)[1]
+        return TrainState(jnp.zeros([], jnp.int32), params, self.learner.init(params))
+
+    def _named(self, axes: tuple[str | None, ...]) -> jax.sharding.NamedSharding:
+        return jax.sharding.NamedSharding(self.mesh, self.cfg.mesh.spec(axes))
+
+    def _state_shardings(self, shapes: Any) -> TrainState:
+        whole = self._named(())
+        learner = jax.eval_shape(self.learner.init, shapes)
+        return TrainState(
+            whole,
+            jax.tree.map(lambda info: self._named(info.axes), self.infos),
+            self.learner.map_state(learner, lambda leaf, info: self._named(info.axes), lambda leaf: whole),
+        )
+
+
+_BATCH_DTYPES = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "positions": jnp.int32,
+    "segment_ids": jnp.int32,
+    "loss_weights": jnp.float32,
+}

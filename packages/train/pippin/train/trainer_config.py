@@ -1,0 +1,45 @@
+"""The config of a training run: the root of the tree that recipes make."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pippin.core.checkpoint_config import CheckpointerConfig
+from pippin.core.config import REQUIRED, Config, Required, Slot
+from pippin.core.errors import ConfigError
+from pippin.core.sharding import MeshConfig
+
+
+class PerplexityConfig(Config, implementation="pippin.train.evaluator:Perplexity", provides="evaluator"):
+    """The perplexity of held-out text."""
+
+    name: str = "held_out"
+    every_steps: int = 500
+    max_batches: int = 16
+
+    def validate(self) -> None:
+        if self.every_steps < 1 or self.max_batches < 1:
+            raise ConfigError(
+                f"Perplexity {self.name}: every_steps ({self.every_steps}) and max_batches ({self.max_batches}) "
+                "must be at least 1."
+            )
+
+
+class TrainerConfig(Config, implementation="pippin.train.trainer:Trainer", provides="trainer"):
+    """A model, its input, how it learns, how it is measured and saved, and the mesh that it runs on."""
+
+    model: Required[Annotated[Config, Slot("causal_lm")]] = REQUIRED
+    input: Required[Annotated[Config, Slot("input")]] = REQUIRED
+    learner: Required[Annotated[Config, Slot("learner")]] = REQUIRED
+    evaluators: tuple[Annotated[Config, Slot("evaluator")], ...] = (PerplexityConfig(),)
+    checkpointer: Annotated[Config, Slot("checkpointer")] = CheckpointerConfig()
+    mesh: MeshConfig = MeshConfig()
+    steps: Required[int] = REQUIRED
+    seed: int = 0  # of the first parameters; the input has its own
+    log_every_steps: int = 10
+
+    def validate(self) -> None:
+        for name in ("steps", "log_every_steps"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise ConfigError(f"Trainer: {name} ({value}) must be at least 1.")
