@@ -30,7 +30,7 @@ import importlib
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 from pippin.core.errors import ConfigError
 
@@ -47,6 +47,8 @@ class RequiredType(enum.Enum):
 REQUIRED: Any = RequiredType.REQUIRED
 
 _T = TypeVar("_T")
+# Not typing.Self: the checks of annotations in tests decorate methods, not classes, and refuse it there.
+_C = TypeVar("_C", bound="Config")
 
 if typing.TYPE_CHECKING:
     Required = typing.Annotated[_T, REQUIRED]
@@ -104,7 +106,7 @@ class Config:
             )
         _REGISTRY[cls.TYPE] = cls
 
-    def __new__(cls, **kwargs: Any) -> Self:
+    def __new__(cls: type[_C], **kwargs: Any) -> _C:
         self = super().__new__(cls)
         # What the caller chose, as against defaults: `replace` must not overwrite it.
         object.__setattr__(self, "_chosen", frozenset(kwargs))
@@ -124,7 +126,7 @@ class Config:
     def validate(self) -> None:
         """Raises `ConfigError` where fields do not fit each other. Fields may still be REQUIRED."""
 
-    def set(self, **fields: Any) -> Self:
+    def set(self: _C, **fields: Any) -> _C:
         """A copy with other values for some fields.
 
         Raises:
@@ -133,7 +135,7 @@ class Config:
         for name in fields:
             require_field(self, name)
         new = dataclasses.replace(self, **fields)  # type: ignore[type-var]
-        object.__setattr__(new, "_chosen", self.chosen | fields.keys())
+        object.__setattr__(new, "_chosen", self.chosen.union(fields))
         object.__setattr__(new, "_identity", self._identity)
         return new
 
