@@ -73,49 +73,72 @@ def transform(cfg: C, fn: Callable[[Config], Config]) -> C:
     return result  # type: ignore[return-value]
 
 
+_Change = tuple[list[str], Any]  # the steps of a path, and the value to put there
+
+
 def override(cfg: C, changes: Mapping[str, Any]) -> C:
     """A tree with other values at some dotted paths, such as `decoder.layer.feed_forward.hidden_dim`.
 
     A step into a tuple is an index; `*` stands for every index. A value may be
-    text as typed on a command line (see `parse_value`).
+    text as typed on a command line (see `parse_value`). The values of one
+    component are set together, so that they need only fit each other when all are
+    set; otherwise the order of the changes counts.
 
     Raises:
         ConfigError: a path leads nowhere (the error names the nearest field), or the value does not fit.
     """
-    for path, value in changes.items():
-        cfg = _override(cfg, path.split("."), value, done="")
-    return cfg
+    return _override(cfg, [(path.split("."), value) for path, value in changes.items()], done="")
 
 
-def _override(cfg: Any, steps: list[str], value: Any, done: str) -> Any:
-    step, *rest = steps
+def _override(cfg: Any, changes: list[_Change], done: str) -> Any:
     if isinstance(cfg, tuple):
-        return _override_item(cfg, step, rest, value, done)
-    if not isinstance(cfg, Config):
-        raise ConfigError(
-            f"{done.rstrip('.')} is {cfg!r}, which has no fields, so {done}{step} leads nowhere. "
-            f"Set {done.rstrip('.')} itself."
-        )
-    require_field(cfg, step, done)
-    old = getattr(cfg, step)
-    if rest:
-        return cfg.set(**{step: _override(old, rest, value, f"{done}{step}.")})
-    if isinstance(value, str):
-        value = parse_value(done + step, value, field_hints(type(cfg))[step], old)
-    return cfg.set(**{step: value})
+        return _override_items(cfg, changes, done)
+    values = {}
+    for step in dict.fromkeys(steps[0] for steps, _ in changes):
+        if not isinstance(cfg, Config):
+            raise ConfigError(
+                f"{done.rstrip('.')} is {cfg!r}, which has no fields, so {done}{step} leads nowhere. "
+                f"Set {done.rstrip('.')} itself."
+            )
+        require_field(cfg, step, done)
+        inside = [(steps[1:], value) for steps, value in changes if steps[0] == step]
+        hint = field_hints(type(cfg))[step]
+
+        def parse(value: Any, old: Any, where: str = done + step, hint: Any = hint) -> Any:
+            return parse_value(where, value, hint, old) if isinstance(value, str) else value
+
+        values[step] = _override_value(getattr(cfg, step), inside, f"{done}{step}.", parse)
+    return cfg.set(**values)
 
 
-def _override_item(
-    items: tuple[Any, ...], step: str, rest: list[str], value: Any, done: str
-) -> tuple[Any, ...]:
-    if step != "*" and not (step.isdecimal() and int(step) < len(items)):
-        raise ConfigError(
-            f"{done}{step}: {done.rstrip('.')} has {len(items)} items. Use an index from 0 to {len(items) - 1}, or *."
-        )
+def _override_items(items: tuple[Any, ...], changes: list[_Change], done: str) -> tuple[Any, ...]:
+    for (step, *_), _ in changes:
+        if step != "*" and not (step.isdecimal() and int(step) < len(items)):
+            raise ConfigError(
+                f"{done}{step}: {done.rstrip('.')} has {len(items)} items. "
+                f"Use an index from 0 to {len(items) - 1}, or *."
+            )
     return tuple(
-        (_override(item, rest, value, f"{done}{i}.") if rest else value) if step in ("*", str(i)) else item
+        _override_value(
+            item,
+            [(steps[1:], value) for steps, value in changes if steps[0] in ("*", str(i))],
+            f"{done}{i}.",
+            parse=lambda value, old: value,
+        )
         for i, item in enumerate(items)
     )
+
+
+def _override_value(old: Any, changes: list[_Change], done: str, parse: Callable[[Any, Any], Any]) -> Any:
+    """A value after the changes to it (no steps left) and inside it, in order."""
+    inside: list[_Change] = []
+    for steps, value in changes:
+        if steps:
+            inside.append((steps, value))
+        else:
+            # What was to change inside the old value goes with it, but is looked at: its path may be wrong.
+            old, inside = parse(value, _override(old, inside, done) if inside else old), []
+    return _override(old, inside, done) if inside else old
 
 
 def parse_value(where: str, text: str, hint: Any, old: Any = REQUIRED) -> Any:
