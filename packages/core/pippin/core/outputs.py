@@ -65,11 +65,16 @@ def add_metric(name: str, value: Array) -> None:
     _add("counts", name, jnp.ones((), jnp.float32))
 
 
+def add_collected(inner: Outputs) -> None:
+    """Reports again what was collected and returned by a transformed function, such as `checkpoint`."""
+    for kind in ("losses", "sums", "counts"):
+        for name, value in getattr(inner, kind).items():
+            _add(kind, name, value)
+
+
 def add_stacked(inner: Outputs) -> None:
     """Reports again what the runs of a `scan` or `vmap` collected and returned, stacked on axis 0."""
-    for kind in ("losses", "sums", "counts"):
-        for name, values in getattr(inner, kind).items():
-            _add(kind, name, values.sum(axis=0))
+    add_collected(jax.tree.map(lambda values: values.sum(axis=0), inner))
 
 
 def _add(kind: str, name: str, value: Array) -> None:

@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
 from pippin.core.config import Config
+from pippin.core.errors import ConfigError
 from pippin.core.module import Module, constant_init, parameter
 from pippin.core.sharding import constrain
 from pippin.layers.attention_config import GroupedQueryAttentionConfig, QKNormOrder, SharedKVAttentionConfig
@@ -90,10 +92,15 @@ class SharedKVAttention(Module):
         return ()
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
-        """Attends from every token of `x` to `ctx.kv`."""
+        """Attends from every token of `x` to `ctx.kv`.
+
+        Raises:
+            ConfigError: no layer before this one made keys and values.
+        """
         if ctx.kv is None:
-            raise AssertionError(
-                "SharedKVAttention got no keys and values: put it behind a layer that makes them"
+            raise ConfigError(
+                "SharedKVAttention got no keys and values to read: no layer before it made any. Put it behind "
+                "one that does, as the reader of a SharedKVStack or later in a Sequence."
             )
         q = _heads(self.q_proj(x), self.num_heads, "heads")
         q = _encode(q, ctx, self.position, self.q_norm, self.norm_order)

@@ -41,27 +41,24 @@ class GroupedQueryAttentionConfig(
     cache: Annotated[Config, Slot("kv_cache")] = FullCacheConfig()
 
     def validate(self) -> None:
-        _check_heads(type(self).__name__, self.num_heads, self.num_kv_heads)
-        if self.window is not None and self.window < 1:
-            raise ConfigError(
-                f"GroupedQueryAttention: window ({self.window}) must be at least 1: a token sees itself. "
-                "Leave it None for no window."
-            )
+        _check(self)
 
 
 class SharedKVAttentionConfig(
     Config, implementation="pippin.layers.attention:SharedKVAttention", provides="attention"
 ):
-    """Attention without keys and values of its own: it reads those of an earlier layer."""
+    """Attention without keys and values of its own: it reads those of an earlier layer.
+
+    Its position encoding must be that of the layer that it reads.
+    """
 
     input_dim: Required[int] = REQUIRED
     num_heads: Required[int] = REQUIRED
     num_kv_heads: Required[int] = REQUIRED  # of the layer that it reads
     head_dim: Required[int] = REQUIRED
     position: Annotated[Config, Slot("position")] = RoPEConfig()
-    qk_norm: Annotated[Config, Slot("norm")] | None = (
-        None  # for queries; the keys were normalised by their layer
-    )
+    # For queries; the keys were normalised by the layer that made them.
+    qk_norm: Annotated[Config, Slot("norm")] | None = None
     qk_norm_order: QKNormOrder = QKNormOrder.AFTER_ROTATION
     window: int | None = None
     soft_cap: float | None = None
@@ -70,12 +67,24 @@ class SharedKVAttentionConfig(
     kernel: Annotated[Config, Slot("attention_kernel")] = BlockwiseKernelConfig()
 
     def validate(self) -> None:
-        _check_heads(type(self).__name__, self.num_heads, self.num_kv_heads)
+        _check(self)
 
 
-def _check_heads(name: str, num_heads: int, num_kv_heads: int) -> None:
-    if isinstance(num_heads, int) and isinstance(num_kv_heads, int) and num_heads % num_kv_heads:
+def _check(cfg: GroupedQueryAttentionConfig | SharedKVAttentionConfig) -> None:
+    name = type(cfg).__name__.removesuffix("Config")
+    heads, kv_heads = cfg.num_heads, cfg.num_kv_heads
+    if isinstance(heads, int) and isinstance(kv_heads, int) and (kv_heads < 1 or heads % kv_heads):
         raise ConfigError(
-            f"{name.removesuffix('Config')}: num_heads ({num_heads}) must be a multiple of num_kv_heads "
-            f"({num_kv_heads}). Set num_kv_heads to a divisor of {num_heads}."
+            f"{name}: num_heads ({heads}) must be a multiple of num_kv_heads ({kv_heads}). "
+            f"Set num_kv_heads to a divisor of {heads}."
+        )
+    if cfg.window is not None and cfg.window < 1:
+        raise ConfigError(
+            f"{name}: window ({cfg.window}) must be at least 1: a token sees itself. "
+            "Leave it None for no window."
+        )
+    if cfg.soft_cap is not None and cfg.soft_cap <= 0:
+        raise ConfigError(
+            f"{name}: soft_cap ({cfg.soft_cap}) must be positive: logits are divided by it. "
+            "Leave it None for no cap."
         )

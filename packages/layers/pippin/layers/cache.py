@@ -4,6 +4,7 @@ from typing import TypedDict
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
 from pippin.core.module import Module
 from pippin.layers.cache_config import FullCacheConfig, SlidingWindowCacheConfig
 from pippin.layers.context import KeyValues

@@ -14,7 +14,7 @@ class FullCacheConfig(Config, implementation="pippin.layers.cache:FullCache", pr
 class SlidingWindowCacheConfig(
     Config, implementation="pippin.layers.cache:SlidingWindowCache", provides="kv_cache"
 ):
-    """Keeps the last `window` keys and values. The holder sets the dims and the window."""
+    """Keeps the last `window` keys and values; all, where the window is None. The holder sets the dims and the window."""
 
     num_kv_heads: Required[int] = REQUIRED
     head_dim: Required[int] = REQUIRED

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
+
 from pippin.core.batch import Batch
 from pippin.core.module import Module, merge, split
 from pippin.core.outputs import collect
@@ -43,14 +44,15 @@ class CausalLM(Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
         hidden, _ = self._hidden(tokens, Context(positions, segment_ids), None)
-        return _logits(self._head(), hidden, self.logit_soft_cap)
+        return self._logits(self._head(), hidden)
 
     def loss(self, batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The mean loss of a batch over the weight of its targets, in nats, and metrics.
 
-        The loss is cross-entropy, z-loss, and what layers report through
-        `pippin.core.outputs`. Metrics: `cross_entropy`, `accuracy`, `weight` (how
-        many targets count), and those that layers report.
+        The loss is the sum of cross-entropy, z-loss, and what layers report through
+        `pippin.core.outputs`. Metrics: `cross_entropy`, `z_loss`, `accuracy`, `weight` (how
+        many targets count), and those that layers report. Where no target counts, the
+        first three are 0; what layers report is of all tokens, padding included.
         """
         with collect() as outputs:
             ctx = Context(batch["positions"], batch["segment_ids"])
@@ -58,26 +60,27 @@ class CausalLM(Module):
         definition, params = split(self._head())
 
         def head(params: Any, hidden: Array) -> Array:
-            return _logits(merge(definition, params), hidden, self.logit_soft_cap)
+            return self._logits(merge(definition, params), hidden)
 
-        weights = batch["loss_weights"].reshape(-1)
         total, sums = chunked_cross_entropy(
             head,
             params,
-            hidden.reshape(-1, hidden.shape[-1]),
-            batch["targets"].reshape(-1),
-            weights,
-            chunk=min(self.loss_chunk_tokens, weights.shape[0]),
+            hidden,
+            batch["targets"],
+            batch["loss_weights"],
+            chunk=self.loss_chunk_tokens,
             z_loss=self.z_loss,
         )
-        weight = jnp.maximum(jnp.sum(weights), 1.0)  # a batch of padding alone has loss 0
+        weight = jnp.sum(batch["loss_weights"])
+        divisor = jnp.where(weight > 0, weight, 1.0)
         metrics = {
-            "cross_entropy": sums.cross_entropy / weight,
-            "accuracy": sums.correct / weight,
-            "weight": jnp.sum(weights),
+            "cross_entropy": sums.cross_entropy / divisor,
+            "z_loss": self.z_loss * sums.squared_normaliser / divisor,
+            "accuracy": sums.correct / divisor,
+            "weight": weight,
             **outputs.means(),
         }
-        return total / weight + outputs.total_loss(), metrics
+        return total / divisor + outputs.total_loss(), metrics
 
     def init_cache(self, batch_size: int, max_len: int) -> Cache:
         """An empty cache for sequences of up to `max_len` tokens."""
@@ -98,7 +101,7 @@ class CausalLM(Module):
         if last_only:
             hidden = hidden[:, -1:]
         cache = {"lengths": cache["lengths"] + tokens.shape[1], "decoder": layers}
-        return _logits(self._head(), hidden, self.logit_soft_cap), cache
+        return self._logits(self._head(), hidden), cache
 
     def _hidden(self, tokens: Array, ctx: Context, cache: Cache) -> tuple[Array, Cache]:
         x = constrain(self.embedding(tokens, self.dtype), "batch", "sequence", None)
@@ -108,7 +111,7 @@ class CausalLM(Module):
     def _head(self) -> Module:
         return self.embedding if self.head is None else self.head
 
-
-def _logits(head: Module, hidden: Array, soft_cap: float | None) -> Array:
-    logits = head.attend(hidden) if type(head).Config.PROVIDES == "embedding" else head(hidden)
-    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+    def _logits(self, head: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        logits = head.attend(hidden) if self.head is None else head(hidden)
+        cap = self.logit_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)

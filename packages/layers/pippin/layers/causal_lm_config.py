@@ -27,8 +27,17 @@ class CausalLMConfig(Config, implementation="pippin.layers.causal_lm:CausalLM", 
     logit_soft_cap: float | None = None
     activation_dtype: FloatType = FloatType.FLOAT32
     z_loss: float = 0.0  # weight of mean(logsumexp(logits)^2)
-    loss_chunk_tokens: int = 1024  # logits exist for so many tokens at a time
+    # The loss makes logits for so many tokens of the batch at a time, on all devices together.
+    loss_chunk_tokens: int = 1024
 
     def validate(self) -> None:
         if self.loss_chunk_tokens < 1:
-            raise ConfigError(f"CausalLM: loss_chunk_tokens ({self.loss_chunk_tokens}) must be at least 1.")
+            raise ConfigError(
+                f"CausalLM: loss_chunk_tokens ({self.loss_chunk_tokens}) must be at least 1. "
+                "Fewer tokens take less memory, and more steps."
+            )
+        if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
+            raise ConfigError(
+                f"CausalLM: logit_soft_cap ({self.logit_soft_cap}) must be positive: logits are divided by it. "
+                "Leave it None for no cap."
+            )

@@ -28,14 +28,14 @@ class KeyValues:
 class Context:
     """Where the tokens stand, and what they may attend to beside themselves."""
 
-    positions: Int[Array, "B T"]  # in their document; -1 for padding
-    segment_ids: Int[Array, "B T"] | None = (
-        None  # tokens attend within their segment; None: one segment a row
-    )
-    kv: KeyValues | None = (
-        None  # the keys and values of an earlier layer, for layers that have none of their own
-    )
-    # The caller reads the last position only, so that layers may leave out the others where no cache needs them.
+    # In their document, one after the other; -1 for padding.
+    positions: Int[Array, "B T"]
+    # Tokens attend within their segment; None: one segment a row.
+    segment_ids: Int[Array, "B T"] | None = None
+    # The keys and values of an earlier layer, for layers that have none of their own.
+    kv: KeyValues | None = None
+    # The caller reads the last position only: a layer may leave out the others where no cache needs
+    # them, and return [B, 1, D].
     last_only: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
@@ -44,6 +44,6 @@ class Context:
 class LayerOutput:
     """The result of a layer or of a stack of layers."""
 
-    x: Float[Array, "B T D"]
+    x: Float[Array, "B T D"]  # or the last position alone, where the context allows it
     cache: Cache  # None where none was passed in
     kv: KeyValues | None = None  # what later layers may attend to

@@ -1,17 +1,19 @@
 """Feed-forwards."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 from flax import nnx
 from jaxtyping import Array, Float
+
 from pippin.core.module import Module
 from pippin.core.sharding import constrain
 from pippin.layers.feed_forward_config import Activation, FeedForwardConfig
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     Activation.SILU: jax.nn.silu,
-    Activation.GELU: jax.nn.gelu,
+    Activation.GELU: partial(jax.nn.gelu, approximate=True),
     Activation.RELU: jax.nn.relu,
 }
 

@@ -9,7 +9,7 @@ from pippin.layers.linear_config import LinearConfig
 
 class Activation(enum.StrEnum):
     SILU = "silu"
-    GELU = "gelu"
+    GELU = "gelu"  # by its tanh approximation
     RELU = "relu"
 
 

@@ -1,5 +1,6 @@
 """Text continuation: greedy or sampled, one token a step, through the model's cache."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+
 from pippin.core.errors import ConfigError
 from pippin.core.module import merge, split
 
@@ -23,7 +25,7 @@ def generate(
     seed: int = 0,
     stop_ids: frozenset[int] = frozenset(),
 ) -> Iterator[int]:
-    """Yields the ids that continue a prompt, until a stop id (not yielded) or `max_new_tokens`.
+    """The ids that continue a prompt, up to a stop id (left out) or `max_new_tokens`.
 
     Args:
         model: provides "causal_lm".
@@ -41,20 +43,34 @@ def generate(
         raise ConfigError(
             "generate got an empty prompt. Start it with one id at least, such as the tokenizer's bos."
         )
-    if temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 0:
         raise ConfigError(
-            f"generate got temperature={temperature} and top_p={top_p}: the temperature must not be negative, "
-            "and top_p must lie in (0, 1]. Use temperature=0 for the most likely token."
+            f"generate got max_new_tokens={max_new_tokens}: it must not be negative. Give the ids to yield at most."
         )
+    # Written so that NaN is refused too.
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise ConfigError(
+            f"generate got temperature={temperature} and top_p={top_p}: the temperature must be finite and not "
+            "negative, and top_p must lie in (0, 1]. Use temperature=0 for the most likely token."
+        )
+    sampling = (np.float32(temperature), np.float32(top_p))
+    return _continue(model, prompt, max_new_tokens, sampling, jax.random.key(seed), stop_ids)
+
+
+def _continue(
+    model: nnx.Module,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: tuple[np.float32, np.float32],
+    key: Array,
+    stop_ids: frozenset[int],
+) -> Iterator[int]:
     definition, params = split(model)
     cache = _empty_cache(definition, params, len(prompt) + max_new_tokens)
     token_ids = jnp.asarray([prompt], jnp.int32)
-    key = jax.random.key(seed)
     for _ in range(max_new_tokens):
         key, this = jax.random.split(key)
-        token, cache = _step(
-            definition, params, token_ids, cache, this, np.float32(temperature), np.float32(top_p)
-        )
+        token, cache = _step(definition, params, token_ids, cache, this, *sampling)
         if int(token) in stop_ids:
             return
         yield int(token)

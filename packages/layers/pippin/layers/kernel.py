@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
 from pippin.core.module import Module
 from pippin.layers.context import Context, KeyValues
 from pippin.layers.kernel_config import BlockwiseKernelConfig, ReferenceKernelConfig

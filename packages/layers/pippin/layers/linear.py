@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
+
 from pippin.core.module import Module, constant_init, parameter
 from pippin.layers.linear_config import (
     EmbeddingConfig,
@@ -13,6 +14,8 @@ from pippin.layers.linear_config import (
     LoRALinearConfig,
     NormalInitConfig,
 )
+
+_FLOAT32 = jnp.dtype(jnp.float32)
 
 
 class FanInInit:
@@ -55,7 +58,10 @@ class Linear(Module):
 
 
 class LoRALinear(Module):
-    """Computes `base(x) + alpha / rank * up(down(x))`.
+    """Computes `base(x) + alpha / rank * x @ down @ up`.
+
+    `down` and `up` are its own parameters and the base's are not, so that a rule for
+    what LoRALinear holds directly trains the low-rank map alone.
 
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
     """
@@ -63,19 +69,17 @@ class LoRALinear(Module):
     Config = LoRALinearConfig
 
     def __init__(self, cfg: LoRALinearConfig, *, rngs: nnx.Rngs):
-        ends = {"input_dim": cfg.input_dim, "input_axis": cfg.input_axis}
-        self.base = cfg.base.set(**ends, output_dim=cfg.output_dim, output_axis=cfg.output_axis).build(
-            rngs=rngs
-        )
-        self.down = LinearConfig(**ends, output_dim=cfg.rank).build(rngs=rngs)
-        up = LinearConfig(
-            input_dim=cfg.rank, input_axis=None, output_dim=cfg.output_dim, output_axis=cfg.output_axis
-        )
-        self.up = up.set(init=NormalInitConfig(stddev=0.0)).build(rngs=rngs)
+        ends = ("input_dim", "input_axis", "output_dim", "output_axis")
+        self.base = cfg.base.set(**{name: getattr(cfg, name) for name in ends}).build(rngs=rngs)
+        shape, axes = (cfg.input_dim, cfg.rank), (cfg.input_axis, None)
+        self.down = parameter(FanInInitConfig().build(), rngs, shape, axes, fan_in=cfg.input_dim)
+        shape, axes = (cfg.rank, cfg.output_dim), (None, cfg.output_axis)
+        self.up = parameter(constant_init(0.0), rngs, shape, axes, fan_in=cfg.rank)
         self.scale = cfg.alpha / cfg.rank
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        return self.base(x) + self.scale * self.up(self.down(x))
+        low = x @ self.down[...].astype(x.dtype)
+        return self.base(x) + self.scale * (low @ self.up[...].astype(x.dtype))
 
 
 class GroupedLinear(Module):
@@ -94,7 +98,10 @@ class GroupedLinear(Module):
 
 
 class Embedding(Module):
-    """Looks up a vector for each id; `attend` gives logits over the ids."""
+    """Looks up a vector for each id; `attend` gives logits over the ids.
+
+    The vector of an id beyond the vocabulary is NaN.
+    """
 
     Config = EmbeddingConfig
 
@@ -102,9 +109,7 @@ class Embedding(Module):
         shape = (cfg.vocab_size, cfg.dim)
         self.weight = parameter(cfg.init.build(), rngs, shape, ("vocab", "embed"), fan_in=cfg.dim)
 
-    def __call__(
-        self, ids: Int[Array, "*B"], dtype: jnp.dtype = jnp.dtype(jnp.float32)
-    ) -> Float[Array, "*B D"]:
+    def __call__(self, ids: Int[Array, "*B"], dtype: jnp.dtype = _FLOAT32) -> Float[Array, "*B D"]:
         return jnp.take(self.weight[...], ids, axis=0).astype(dtype)
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

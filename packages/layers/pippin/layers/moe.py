@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
+
 from pippin.core.module import Module
 from pippin.core.outputs import add_loss, add_metric
 from pippin.layers.feed_forward import ACTIVATIONS
@@ -88,11 +89,17 @@ class MoE(Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         tokens = x.reshape(-1, x.shape[-1])
         routes = self.router(tokens)
-        # Slot i of the flat routes is a visit of token i // k. Visits in the order of their expert:
-        order = jnp.argsort(routes.experts.reshape(-1), stable=True)
-        sizes = jnp.bincount(routes.experts.reshape(-1), length=self.num_experts).astype(jnp.int32)
-        visits = jnp.take(tokens, order // self.top_k, axis=0)
+        experts = routes.experts.reshape(-1)  # one visit after the other: k of each token
+        by_expert = jnp.argsort(experts, stable=True)
+        sizes = jnp.bincount(experts, length=self.num_experts).astype(jnp.int32)
+        visits = _permute(jnp.repeat(tokens, self.top_k, axis=0), by_expert)
         hidden = self.activation(self.gate_proj(visits, sizes)) * self.up_proj(visits, sizes)
-        results = self.down_proj(hidden, sizes) * routes.weights.reshape(-1)[order][:, None]
-        summed = jnp.zeros_like(tokens).at[order // self.top_k].add(results)
-        return summed.reshape(x.shape)
+        results = _permute(self.down_proj(hidden, sizes), jnp.argsort(by_expert))
+        results = results.reshape(*routes.experts.shape, -1)
+        return jnp.einsum("MkD,Mk->MD", results, routes.weights).reshape(x.shape)
+
+
+def _permute(rows: Float[Array, "M D"], order: Int[Array, " M"]) -> Float[Array, "M D"]:
+    # A permutation and never a sum over equal indices, whose order is left open on a GPU: this one
+    # is exact both ways, so that a resumed run has the bits of an uninterrupted one.
+    return jnp.take(rows, order, axis=0, unique_indices=True)

@@ -21,6 +21,13 @@ class TopKRouterConfig(Config, implementation="pippin.layers.moe:TopKRouter", pr
     z_loss: float = 0.001  # weight of mean(logsumexp(logits)^2)
     proj: Annotated[Config, Slot("linear")] = LinearConfig()
 
+    def validate(self) -> None:
+        if self.soft_cap is not None and self.soft_cap <= 0:
+            raise ConfigError(
+                f"TopKRouter: soft_cap ({self.soft_cap}) must be positive: logits are divided by it. "
+                "Leave it None for no cap."
+            )
+
 
 class MoEConfig(Config, implementation="pippin.layers.moe:MoE", provides="feed_forward"):
     """A feed-forward of many experts, of which each token visits the few that its router chooses."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
 from pippin.core.module import Module, constant_init, parameter
 from pippin.layers.norm_config import RMSNormConfig
 

@@ -12,6 +12,14 @@ class Llama3ScalingConfig(Config):
     high_freq_factor: float = 4.0
     original_context: int = 8192
 
+    def validate(self) -> None:
+        if self.factor <= 0 or not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ConfigError(
+                f"Llama3Scaling: factor ({self.factor}) must be positive, and low_freq_factor "
+                f"({self.low_freq_factor}) positive and below high_freq_factor ({self.high_freq_factor}). "
+                "Llama 3.1 uses 8, 1 and 4."
+            )
+
 
 class RoPEConfig(Config, implementation="pippin.layers.position:RoPE", provides="position"):
     """Rotation of queries and keys by angles that grow with the position. The holder sets the head's dims."""
@@ -24,7 +32,12 @@ class RoPEConfig(Config, implementation="pippin.layers.position:RoPE", provides=
 
     def validate(self) -> None:
         if isinstance(self.head_dim, int) and self.head_dim % 2:
-            raise ConfigError(f"RoPE: head_dim ({self.head_dim}) must be even, as dims are rotated in pairs.")
+            raise ConfigError(
+                f"RoPE: head_dim ({self.head_dim}) must be even, as dims are rotated in pairs. "
+                "Choose an even one, or a position encoding that does not rotate."
+            )
+        if self.theta <= 0:
+            raise ConfigError(f"RoPE: theta ({self.theta}) must be positive. AFM uses 500,000.")
 
 
 class NoPEConfig(Config, implementation="pippin.layers.position:NoPE", provides="position"):

@@ -5,15 +5,18 @@ in a context, with or without a cache.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
 from pippin.core.config import Config
-from pippin.core.module import Module, merge, split
-from pippin.core.outputs import add_stacked, collect
+from pippin.core.errors import ConfigError
+from pippin.core.module import Module, Params, merge, split
+from pippin.core.outputs import Outputs, add_collected, add_stacked, collect
 from pippin.core.sharding import constrain
 from pippin.layers.context import Cache, Context, LayerOutput
 from pippin.layers.stack_config import (
@@ -71,7 +74,12 @@ class Sequence(Module):
     def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
         caches, kv = [], ctx.kv
         for i, layer in enumerate(self.layers):
-            out = layer(x, dataclasses.replace(ctx, kv=kv), None if cache is None else cache[i])
+            last_only = ctx.last_only and i == len(self.layers) - 1  # the layers before read every position
+            out = layer(
+                x,
+                dataclasses.replace(ctx, kv=kv, last_only=last_only),
+                None if cache is None else cache[i],
+            )
             x, kv = out.x, out.kv or kv
             caches.append(out.cache)
         return LayerOutput(x, None if cache is None else tuple(caches), kv)
@@ -91,16 +99,14 @@ class Repeat(Module):
         return _repeat_cache(self.layer.init_cache(batch_size, max_len, dtype), self.num_layers)
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
-        definition, params = split(self.layer)
+        run, params = _pure(self.layer, self.remat, in_loop=self.unroll < self.num_layers)
+        ctx = dataclasses.replace(ctx, last_only=False)  # the next layer reads every position
 
         def body(x: Array, of_layer: Any) -> Any:
             params, cache = of_layer
-            with collect() as outputs:
-                out = merge(definition, params)(x, ctx, cache)
+            out, outputs = run(params, x, ctx, cache)
             return out.x, (out.cache, outputs)
 
-        if self.remat is not Remat.NONE:
-            body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
         x, (cache, outputs) = jax.lax.scan(body, x, (params, cache), unroll=self.unroll)
         add_stacked(outputs)
         return LayerOutput(x, cache)
@@ -110,7 +116,7 @@ class SharedKVStack(Module):
     """Runs block 1, then block 2 on the keys and values of block 1's last layer.
 
     Where the caller reads the last position only, block 2, which has no cache to
-    fill, computes that position alone: prefill costs block 1.
+    fill, computes that position alone: prefill costs block 1, and the result is [B, 1, D].
 
     Source: AFM 2025, arXiv:2507.13575, section 2.1.
     """
@@ -124,15 +130,24 @@ class SharedKVStack(Module):
         self.first = first.build(rngs=rngs)
         self.source = cfg.layer.set(**dim).build(rngs=rngs)  # not in the scan: its keys and values come out
         self.readers = readers.build(rngs=rngs)
+        self.remat = cfg.remat
 
     def init_cache(self, batch_size: int, max_len: int, dtype: jnp.dtype) -> Cache:
         """An empty cache of block 1."""
         return tuple(m.init_cache(batch_size, max_len, dtype) for m in (self.first, self.source))
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
-        first = self.first(x, ctx, None if cache is None else cache[0])
-        source = self.source(first.x, ctx, None if cache is None else cache[1])
+        every = dataclasses.replace(ctx, last_only=False)
+        first = self.first(x, every, None if cache is None else cache[0])
+        run, params = _pure(self.source, self.remat, in_loop=False)
+        source, outputs = run(params, first.x, every, None if cache is None else cache[1])
+        add_collected(outputs)
         x, kv = source.x, source.kv
+        if kv is None:
+            raise ConfigError(
+                "SharedKVStack: its layer gave no keys and values for the second block to read. Make it a "
+                "TransformerLayer, or a Sequence with one, rather than a scanned stack."
+            )
         if ctx.last_only:
             segments = None if ctx.segment_ids is None else ctx.segment_ids[:, -1:]
             x, ctx = x[:, -1:], Context(ctx.positions[:, -1:], segments, last_only=True)
@@ -160,16 +175,34 @@ class ParallelTracks(Module):
         return _repeat_cache(self.track.init_cache(batch_size, max_len, dtype), self.num_tracks)
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
-        definition, params = split(self.track)
-
-        def run(params: Any, cache: Cache) -> Any:
-            with collect() as outputs:
-                out = merge(definition, params)(x, ctx, cache)
-            return out.x, out.cache, outputs
-
-        xs, cache, outputs = jax.vmap(run)(params, cache)
+        run, params = _pure(self.track, Remat.NONE, in_loop=False)
+        out, outputs = jax.vmap(run, in_axes=(0, None, None, 0))(params, x, ctx, cache)
         add_stacked(outputs)
-        return LayerOutput(jnp.mean(xs, axis=0), cache)
+        return LayerOutput(jnp.mean(out.x, axis=0), out.cache)
+
+
+Run = Callable[[Params, Array, Context, Cache], tuple[LayerOutput, Outputs]]
+
+
+def _pure(layer: Module, remat: Remat, *, in_loop: bool) -> tuple[Run, Params]:
+    """A layer as a function that returns what the layer reports too, and the layer's parameters.
+
+    Args:
+        layer: the layer.
+        remat: what the function's backward pass computes again.
+        in_loop: the function is the body of a loop. Elsewhere the compiler must be kept from
+            merging what is computed again with what was computed before.
+    """
+    definition, params = split(layer)
+
+    def run(params: Params, x: Array, ctx: Context, cache: Cache) -> tuple[LayerOutput, Outputs]:
+        with collect() as outputs:
+            out = merge(definition, params)(x, ctx, cache)
+        return out, outputs
+
+    if remat is Remat.NONE:
+        return run, params
+    return jax.checkpoint(run, policy=_REMAT_POLICIES[remat], prevent_cse=not in_loop), params
 
 
 def _build_stacked(cfg: Config, n: int, axis: str, rngs: nnx.Rngs) -> Any:

@@ -37,8 +37,8 @@ class RepeatConfig(Config, implementation="pippin.layers.stack:Repeat", provides
     unroll: int = 1  # how many layers one turn of the scan's loop holds
 
     def validate(self) -> None:
-        if isinstance(self.num_layers, int) and self.num_layers < 1:
-            raise ConfigError(f"Repeat: num_layers ({self.num_layers}) must be at least 1.")
+        _require_at_least(self, "num_layers", 1)
+        _require_at_least(self, "unroll", 1)
 
 
 class SequenceConfig(Config, implementation="pippin.layers.stack:Sequence", provides="layer"):
@@ -59,11 +59,8 @@ class SharedKVStackConfig(Config, implementation="pippin.layers.stack:SharedKVSt
     remat: Remat = Remat.NONE
 
     def validate(self) -> None:
-        for name in ("num_layers", "num_readers"):
-            value = getattr(self, name)
-            least = 2 if name == "num_layers" else 1
-            if isinstance(value, int) and value < least:
-                raise ConfigError(f"SharedKVStack: {name} ({value}) must be at least {least}.")
+        _require_at_least(self, "num_layers", 2)
+        _require_at_least(self, "num_readers", 1)
 
 
 class ParallelTracksConfig(Config, implementation="pippin.layers.stack:ParallelTracks", provides="layer"):
@@ -72,3 +69,15 @@ class ParallelTracksConfig(Config, implementation="pippin.layers.stack:ParallelT
     input_dim: Required[int] = REQUIRED
     layer: Annotated[Config, Slot("layer")] = TransformerLayerConfig()
     num_tracks: Required[int] = REQUIRED
+
+    def validate(self) -> None:
+        _require_at_least(self, "num_tracks", 1)
+
+
+def _require_at_least(cfg: Config, name: str, least: int) -> None:
+    value = getattr(cfg, name)
+    if isinstance(value, int) and value < least:
+        kind = type(cfg).__name__.removesuffix("Config")
+        raise ConfigError(
+            f"{kind}: {name} ({value}) must be at least {least}. Set {name} to {least} or more."
+        )
