@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import shutil
+import itertools
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pippin.core.tokenizer import load_tokenizer
+from pippin.core.batch import Batch
+from pippin.core.tokenizer import copy_tokenizer, load_tokenizer
 from pippin.train.display import Display
 from pippin.train.errors import Preempted
 from pippin.train.ledger import Bucket, Ledger
@@ -45,7 +48,8 @@ def run_job(cfg: TrainerConfig, out: Path, recipe: str, started: float | None = 
     run = RunDirectory(out)
     run.claim(cfg)
     record = pb.RunRecord(job=recipe, started=_now(), outcome=pb.RUN_OUTCOME_RUNNING)
-    source = cfg.input.build()
+    # A run that goes on keeps the tokenizer that it was started with.
+    source = cfg.input.build(tokenizer_dir=run.tokenizer if run.tokenizer.exists() else None)
     try:
         run.write_record(record)
         summary = _train(cfg, run, recipe, source, ledger, record)
@@ -70,19 +74,20 @@ def _train(
     from pippin.train import loop
     from pippin.train.metric_writer import MetricWriter
 
-    trainer = cfg.build(held_out=source.eval_batches)
+    trainer = cfg.build(held_out=partial(_held_out, source))
     record.devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     with ledger.into(Bucket.GOODPUT_BUCKET_COMPILE):
         step_fn = trainer.compile()
     with ledger.into(Bucket.GOODPUT_BUCKET_DATA):
-        trainer.require_vocabulary(source.vocab_size)
-        _copy_tokenizer(source.tokenizer_dir, run.tokenizer)
+        trainer.require_vocabulary(source.tokenizer.vocab_size)
+        if not run.tokenizer.exists():
+            copy_tokenizer(source.tokenizer_dir, run.tokenizer)
     with cfg.checkpointer.build(
         directory=run.checkpoints, component=cfg.model, recipe=recipe
     ) as checkpointer:
         with ledger.into(Bucket.GOODPUT_BUCKET_RESTORE):
             state, samples, notes = loop.restore(trainer, checkpointer, source)
-        state = trainer.init() if state is None else state
+        state = trainer.init(run.tokenizer) if state is None else state
         record.first_step = int(state.step)
         run.trim_metrics(record.first_step)
         with (
@@ -132,15 +137,15 @@ def _summarise(
     from pippin.train.summary import Summary, unigram_perplexity
 
     cfg, tokenizer = trainer.cfg, load_tokenizer(run.tokenizer)
-    first = next(iter(source.eval_batches(1)))
-    prompt = [int(t) for t in first["tokens"][0][:_PROMPT_TOKENS]]
+    row = next(_held_out(source, 1))["tokens"][0]
+    prompt = [int(t) for t in row[:_PROMPT_TOKENS]]
     params = trainer.learner.ema(state.learner, state.params) or state.params
     stop = frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
     model = merge(trainer.definition, params)
     written = generate(model, prompt, max_new_tokens=_NEW_TOKENS, temperature=0.7, top_p=0.95, stop_ids=stop)
     evaluator = cfg.evaluators[0]
     evaluations = {m["step"]: m for m in run.read_metrics() if m["kind"] == evaluator.name}  # type: ignore[attr-defined]
-    held_out = source.eval_batches(evaluator.max_batches)  # type: ignore[attr-defined]
+    held_out = _held_out(source, evaluator.max_batches)  # type: ignore[attr-defined]
     summary = Summary(
         recipe=recipe,
         num_params=trainer.num_params,
@@ -150,7 +155,7 @@ def _summarise(
         trained=evaluations[cfg.steps]["perplexity"],
         prompt=tokenizer.decode(prompt),
         continuation=tokenizer.decode(list(written)),
-        input_report=source.report(),
+        input_report="\n".join(part.text() for part in source.summary()),
         ledger=ledger.message(),
         fingerprint=fingerprint(state, samples),
     )
@@ -171,14 +176,9 @@ def fingerprint(state: TrainState, samples: bytes) -> str:
     return digest.hexdigest()
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies a tokenizer into the run, whole or not at all."""
-    if target.exists():
-        return
-    temporary = target.with_name(".tokenizer.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    temporary.rename(target)
+def _held_out(source: Any, most: int) -> Iterator[Batch]:
+    """The first held-out batches, the same each time."""
+    return itertools.islice(source.eval_batches(), most)
 
 
 def _now() -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ import numpy as np
 from flax import nnx
 
 from pippin.core.batch import Batch
+from pippin.core.bundle import open_model
 from pippin.core.errors import ConfigError
-from pippin.core.module import parameter_infos, split
+from pippin.core.module import Params, flatten_params, parameter_infos, split, unflatten_params
 from pippin.core.sharding import use_mesh
+from pippin.core.tokenizer import tokenizer_digest
 from pippin.train.step import Metrics, TrainState, make_step
 from pippin.train.trainer_config import TrainerConfig
 
@@ -55,9 +58,40 @@ class Trainer:
         """How many numbers the model has learned."""
         return sum(int(np.prod(i.shape)) for i in jax.tree.leaves(self.infos))
 
-    def init(self) -> TrainState:
-        """The state before the first step, made on the devices that hold it."""
-        return jax.jit(self._init, out_shardings=self._sharding)()
+    def init(self, tokenizer: Path) -> TrainState:
+        """The state before the first step, on the devices that hold it.
+
+        Args:
+            tokenizer: the folder of the run's tokenizer, which must be that of `init_from`.
+
+        Raises:
+            ConfigError: the model or the tokenizer of `init_from` is another one.
+            CheckpointError: `init_from` holds no model, or a damaged one.
+        """
+        if self.cfg.init_from is None:
+            return jax.jit(self._init, out_shardings=self._sharding)()
+        params = jax.tree.map(jax.device_put, self._first_params(tokenizer), self._sharding.params)
+        return jax.jit(self._state, out_shardings=self._sharding)(params)
+
+    def _first_params(self, tokenizer: Path) -> Params:
+        """The parameters of `init_from`, as NumPy arrays."""
+        source = open_model(Path(self.cfg.init_from or ""))
+        if source.tokenizer and tokenizer_digest(source.tokenizer) != tokenizer_digest(tokenizer):
+            raise ConfigError(
+                f"init_from {source.directory} was trained with another tokenizer, so its ids mean other text. "
+                f"Use its own: --set input.tokenizer=TokenizerFiles --set input.tokenizer.directory={source.tokenizer}."
+            )
+        ours = {path: info.shape for path, info in flatten_params(self.infos).items()}
+        theirs = {path: weight.shape for path, weight in source.weights.items()}
+        if ours != theirs:
+            differing = sorted(p for p in ours.keys() | theirs.keys() if ours.get(p) != theirs.get(p))
+            path = differing[0]
+            raise ConfigError(
+                f"init_from {source.directory} holds another model: {len(differing)} parameters differ, such as "
+                f"{path}, of shape {theirs.get(path, 'none')} there and {ours.get(path, 'none')} here. "
+                "Train a model of the same sizes, or leave out init_from."
+            )
+        return unflatten_params({path: source.weights[path].read().astype(np.float32) for path in ours})
 
     @cached_property
     def template(self) -> TrainState:
@@ -99,7 +133,9 @@ class Trainer:
 
     def _init(self) -> TrainState:
         model = self.cfg.model.build(rngs=nnx.Rngs(params=self.cfg.seed))
-        params = split(model)[1]
+        return self._state(split(model)[1])
+
+    def _state(self, params: Params) -> TrainState:
         return TrainState(jnp.zeros([], jnp.int32), params, self.learner.init(params))
 
     def _named(self, axes: tuple[str | None, ...]) -> jax.sharding.NamedSharding:
