@@ -18,10 +18,12 @@ How to add a file, say packages/core/pippin/core/mesh.py:
 A target is private to its folder unless `visibility` says more. A new distribution
 also goes into requirements.in (then ./bazelw run //:lock) and into the package's
 pyproject.toml. A new folder gets its own BUILD file, which ends with all_modules(),
-and a line in the `deps` of its package's wheel.
+and is named in the all_modules() of the folder above: all_modules(folders = ["models"]).
 """
 
 load("//bazel:python.bzl", "py_binary", "py_library", "py_test")
+
+_MODULES = ["py_library", "_py_binary"]
 
 def _namespace(package):
     """The import root of a folder and its dotted name, from its Bazel package."""
@@ -122,20 +124,38 @@ def py_tests(name, srcs, **kwargs):
     )
 
 # buildifier: disable=unnamed-macro
-def all_modules():
-    """The last line of a BUILD file: :all_modules and :all_tests, all that it declares."""
+def all_modules(folders = []):
+    """The last line of a BUILD file: :all_modules and :all_tests, all that it declares.
+
+    The package's wheel holds the first, and its types_test reads both.
+
+    Args:
+        folders: folders in this one with BUILD files of their own, whose targets count here too.
+    """
     _init(native.package_name())
     rules = native.existing_rules()
-    modules = [n for n, r in rules.items() if r["kind"] in ["py_library", "_py_binary"] and not r.get("testonly")]
-    tests = [n for n, r in rules.items() if r["kind"] == "_py_test" or r.get("testonly")]
-    py_library(
-        name = "all_modules",
-        visibility = ["//packages:__subpackages__", "//tests:__subpackages__"],
-        deps = modules,
-    )
-    py_library(
-        name = "all_tests",
-        testonly = True,
-        visibility = ["//packages:__subpackages__", "//tests:__subpackages__"],
-        deps = tests,
+    found = {
+        "all_modules": [n for n, r in rules.items() if r["kind"] in _MODULES and not r.get("testonly")],
+        "all_tests": [n for n, r in rules.items() if r["kind"] == "_py_test" or r.get("testonly")],
+    }
+    for name, targets in found.items():
+        py_library(
+            name = name,
+            testonly = name == "all_tests",
+            visibility = ["//packages:__subpackages__", "//tests:__subpackages__"],
+            deps = targets + ["//%s/%s:%s" % (native.package_name(), f, name) for f in folders],
+        )
+
+def types_test(name, deps):
+    """A test that pyright finds nothing in this folder.
+
+    Args:
+        name: the target's name.
+        deps: targets with the folder's sources.
+    """
+    py_test(
+        name = name,
+        srcs = ["//tools:types_test.py"],
+        env = {"FOLDER": native.package_name()},
+        deps = deps + ["@pip//:basedpyright"],
     )

@@ -1,0 +1,158 @@
+"""The packages depend on each other, and on other distributions, only as the design says.
+
+proto -> core -> layers -> {train, serve, export}; and some distributions have one importer.
+Reads the working tree, so that a file that no BUILD file names is seen too.
+"""
+
+import ast
+import dataclasses
+import functools
+import importlib.metadata
+import pathlib
+import re
+import sys
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# package -> what it may import of pippin
+DIRECTION = {
+    "core": {"v1", "core"},
+    "layers": {"v1", "core", "layers"},
+    "train": {"v1", "core", "layers", "train"},
+    "serve": {"v1", "core", "layers", "serve"},
+    "export": {"v1", "core", "layers", "export"},
+}
+
+# module -> the only package that may import it
+ONLY_IMPORTER = {
+    "orbax": "core",
+    "jax.experimental.pallas": "layers",
+    "optax": "train",
+    "seqio": "train",
+    "tensorflow": "train",
+    "grpc": "serve",
+    "coremltools": "export",
+    "coreai": "export",
+}
+
+# Importing these takes 15 s: one file does, with its test.
+ONE_FILE = ["seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A Python file of a package and the modules that it imports, at its top or within a function."""
+
+    path: pathlib.Path
+    package: str
+    imports: frozenset[str]
+
+    @property
+    def is_test(self) -> bool:
+        return self.path.stem.endswith("_test")
+
+    def uses(self, module: str) -> bool:
+        return any(f"{name}.".startswith(f"{module}.") for name in self.imports)
+
+
+def imported(tree: ast.AST) -> frozenset[str]:
+    """The dotted names that a file imports; of `from a import b` both a and a.b."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return frozenset(names)
+
+
+# top-level module -> the distributions that have it; walking them takes seconds.
+offers = functools.cache(importlib.metadata.packages_distributions)
+
+
+@functools.cache
+def sources() -> tuple[Source, ...]:
+    return tuple(
+        Source(path.relative_to(ROOT), package, imported(ast.parse(path.read_bytes(), path)))
+        for package in DIRECTION
+        for path in sorted((ROOT / "packages" / package / "pippin").rglob("*.py"))
+    )
+
+
+def of(package: str) -> list[Source]:
+    return [source for source in sources() if source.package == package]
+
+
+@pytest.mark.parametrize("package", DIRECTION)
+def test_imports_follow_the_direction_of_dependence(package):
+    wrong = [
+        f"{source.path} imports {name}"
+        for source in of(package)
+        for name in sorted(source.imports)
+        if name.startswith("pippin.") and name.split(".")[1] not in DIRECTION[package]
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", ONLY_IMPORTER)
+def test_a_module_with_one_importer_has_no_other(module):
+    wrong = [str(s.path) for s in sources() if s.uses(module) and s.package != ONLY_IMPORTER[module]]
+    assert not wrong
+
+
+def test_one_file_imports_seqio_and_tensorflow():
+    importers = {s.path for s in sources() if any(s.uses(module) for module in ONE_FILE)}
+    files = {path.with_stem(path.stem.removesuffix("_test")) for path in importers}
+    assert len(files) <= 1, sorted(map(str, importers))
+
+
+@pytest.mark.parametrize("package", DIRECTION)
+def test_each_package_declares_what_it_imports(package):
+    project = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text())["project"]
+    declared = {distribution(re.split(r"[^\w.-]", text)[0]) for text in project["dependencies"]}
+    used = set()
+    missing = []
+    for source in of(package):
+        if source.is_test:
+            continue
+        for name in sorted(source.imports):
+            top, *rest = name.split(".")
+            if top in sys.stdlib_module_names or (top == "pippin" and (not rest or rest[0] == package)):
+                continue
+            names = {f"pippin-{'proto' if rest[0] == 'v1' else rest[0]}"} if top == "pippin" else offers().get(top, [])
+            found = {distribution(name) for name in names} & declared
+            used |= found
+            if not found:
+                missing.append(f"{source.path} imports {name}")
+    assert not missing
+    if used:
+        assert declared == used, f"declared and not imported: {sorted(declared - used)}"
+
+
+def distribution(name: str) -> str:
+    """A distribution's name in its normal form."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_pippin_is_a_namespace_package():
+    assert not [*ROOT.glob("packages/*/pippin/__init__.py"), *ROOT.glob("proto/pippin/__init__.py")]
+
+
+def test_every_file_has_a_target():
+    missing = []
+    for path in (ROOT / source.path for source in sources()):
+        build = path.parent / "BUILD"
+        text = build.read_text() if build.exists() else ""
+        tested = path.with_stem(path.stem.removesuffix("_test"))
+        named = f'"{path.stem}"' in text or f'"{path.name}"' in text
+        if not (named or (tested != path and tested.exists()) or (path.name == "__init__.py" and text)):
+            missing.append(f"{path.relative_to(ROOT)}: not in {build.relative_to(ROOT)}")
+        above = path.parents[1] / "BUILD"
+        if path.name == "__init__.py" and above.exists() and path.parents[1].name != "pippin":
+            if not re.search(rf'folders = \[[^]]*"{path.parent.name}"', above.read_text()):
+                missing.append(f"{path.parent.relative_to(ROOT)}: not in the all_modules() of {above.relative_to(ROOT)}")
+    assert not missing
