@@ -1,0 +1,1 @@
+"""Learners: how gradients become new parameters. Configs are in `config`; nothing is imported here."""
