@@ -100,7 +100,7 @@ def _override(cfg: Any, changes: list[_Change], done: str) -> Any:
                 f"{done.rstrip('.')} is {cfg!r}, which has no fields, so {done}{step} leads nowhere. "
                 f"Set {done.rstrip('.')} itself."
             )
-        require_field(cfg, step, done)
+        require_field(type(cfg), step, done)
         inside = [(steps[1:], value) for steps, value in changes if steps[0] == step]
         hint = field_hints(type(cfg))[step]
 
