@@ -10,20 +10,42 @@ checkpoints/
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
+import shutil
 import socket
+import time
 from pathlib import Path
 from typing import IO
 
 from pippin.core import manifest
 from pippin.core.errors import CheckpointError
+from pippin.v1 import model_pb2 as pb
 
+COMPONENT_FILE = "component.textproto"
+EXTRA_FOLDER = "extra"
 LEASE = ".lease"
+_ATTEMPTS = 20
 _TEMPORARY, _REMOVING, _DAMAGED = ".tmp", ".removing", ".damaged"
 
 _log = logging.getLogger(__name__)
+
+
+def read_step(folder: Path) -> pb.CheckpointManifest:
+    """The manifest of a step. All of its files were found, and found whole but for the values of its arrays.
+
+    Raises:
+        DamageError: files are absent or not as they were written.
+    """
+    message = manifest.read_manifest(folder, pb.CheckpointManifest)
+    problems = manifest.file_problems(folder, message.files)
+    chunks = (chunk for array in message.arrays for chunk in array.chunks)
+    problems += filter(None, (manifest.size_problem(folder, c.file, c.bytes) for c in chunks))
+    if problems:
+        raise manifest.DamageError(folder, problems)
+    return message
 
 
 class CheckpointSteps:
@@ -98,6 +120,24 @@ class CheckpointSteps:
         """Where a step is written before it is committed."""
         return self.directory / f"{step}{_TEMPORARY}"
 
+    def discard(self, step: int) -> None:
+        """Removes what was written to the folder of `begin`, though writers may still be adding to it."""
+        for _ in range(_ATTEMPTS):
+            shutil.rmtree(self.temporary(step), ignore_errors=True)
+            time.sleep(0.1)
+            if not self.temporary(step).exists():
+                return
+        _log.warning("%s could not be removed; the next job to save here removes it", self.temporary(step))
+
+    def require_room(self, num_bytes: int) -> None:
+        """Raises `OSError` unless so many bytes can be written now."""
+        free = shutil.disk_usage(self.directory).free
+        if free < num_bytes:
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)}: {num_bytes:,} bytes are needed, {free:,} are free",
+            )
+
     def commit(self, step: int) -> None:
         """Makes what was written to the folder of `begin` the step."""
         manifest.publish(self.temporary(step), self.folder(step))
@@ -114,21 +154,17 @@ class CheckpointSteps:
             except OSError as e:
                 _log.warning("the old checkpoint %s could not be removed: %s", self.folder(step), e)
 
-    def set_aside(self, step: int) -> Path:
-        """Renames a damaged step, so that nothing takes it for a checkpoint.
-
-        Returns:
-            Its new path; the old one where it may not be renamed.
-        """
-        folder = self.folder(step)
+    def aside(self, step: int) -> Path:
+        """Where a damaged step is to be set aside."""
         taken = len([p for p in self.damaged() if p.name.startswith(f"{step}{_DAMAGED}")])
-        aside = self.directory / f"{step}{_DAMAGED}{f'.{taken}' if taken else ''}"
+        return self.directory / f"{step}{_DAMAGED}{f'.{taken}' if taken else ''}"
+
+    def set_aside(self, step: int, aside: Path) -> None:
+        """Renames a damaged step, so that nothing takes it for a checkpoint; it stays where it may not be renamed."""
         try:
-            folder.rename(aside)
+            self.folder(step).rename(aside)
         except OSError as e:
-            _log.warning("the damaged checkpoint %s could not be set aside: %s", folder, e)
-            return folder
-        return aside
+            _log.warning("the damaged checkpoint %s could not be set aside: %s", self.folder(step), e)
 
     def _folders(self) -> list[Path]:
         return [p for p in self.directory.iterdir() if p.is_dir()] if self.directory.is_dir() else []

@@ -13,10 +13,10 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 from google.protobuf import text_format
 from google.protobuf.message import Message
+
 from pippin.core.errors import CheckpointError
 from pippin.v1 import model_pb2 as pb
 
@@ -24,8 +24,6 @@ FILE_NAME = "manifest.textproto"
 
 _KIND = "# proto-message: "
 _CHECKSUM = "# sha256 of the lines above: "
-
-M = TypeVar("M", bound=Message)
 
 
 class DamageError(CheckpointError):
@@ -45,7 +43,7 @@ def write_manifest(directory: Path, message: Message) -> None:
     write_file(directory / FILE_NAME, f"{text}{_CHECKSUM}{_sha256(text.encode())}\n".encode())
 
 
-def read_manifest(directory: Path, kind: type[M]) -> M:
+def read_manifest[M: Message](directory: Path, kind: type[M]) -> M:
     """The manifest of a directory.
 
     Raises:

@@ -15,6 +15,7 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  NumPy knows bfloat16 and its kind by it
 import numpy as np
 import tensorstore
+
 from pippin.core import manifest
 from pippin.core.manifest import DamageError
 from pippin.v1 import model_pb2 as pb
@@ -24,6 +25,7 @@ FOLDER = "arrays"
 Index = tuple[slice, ...]  # with start and stop, one a dim
 
 _READERS = 8
+_TENSORSTORE_ERRORS = (LookupError, OSError, RuntimeError, ValueError)  # what its statuses map to
 
 
 def array_sha256(values: np.ndarray) -> str:
@@ -52,11 +54,6 @@ class StoredArray:
         self.dtype = np.dtype(entry.dtype)
         self._folder = step_folder
         self._entry = entry
-
-    def size_problems(self) -> list[str]:
-        """What is wrong with its files, going by their sizes alone."""
-        problems = (manifest.size_problem(self._folder, c.file, c.bytes) for c in self._entry.chunks)
-        return [p for p in problems if p]
 
     def read(self) -> np.ndarray:
         """The whole array.
@@ -97,11 +94,6 @@ class StoredArray:
                 parts[i][_relative(overlap, index)] = values[_relative(overlap, place)]  # type: ignore[index]
         if problems:
             raise DamageError(self._folder, dict.fromkeys(problems))
-        missing = [i for i, part in enumerate(parts) if part is None]
-        if missing:
-            raise DamageError(
-                self._folder, [f"{manifest.FILE_NAME}: no chunk of {self.name} holds {indices[missing[0]]}"]
-            )
         return parts  # type: ignore[return-value]
 
     def _open(self) -> tensorstore.TensorStore:
@@ -109,9 +101,7 @@ class StoredArray:
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{self._folder / path}/"}}
         try:
             store = tensorstore.open(spec, open=True, read=True).result()
-        except (
-            Exception
-        ) as e:  # TensorStore raises what its status maps to: ValueError, KeyError, OSError, ...
+        except _TENSORSTORE_ERRORS as e:
             raise DamageError(self._folder, [f"{path}/zarr.json: {_first_line(e)}"]) from None
         if store.shape != self.shape or store.dtype.numpy_dtype != self.dtype:
             got = f"{store.dtype.numpy_dtype}{list(store.shape)}, not {self.dtype}{list(self.shape)}"
@@ -123,7 +113,7 @@ class StoredArray:
         if not problem:
             try:
                 values = store[chunk_index(chunk)].read(order="C").result()
-            except Exception as e:  # as in _open
+            except _TENSORSTORE_ERRORS as e:
                 problem = f"{chunk.file}: {_first_line(e)}"
             else:
                 if array_sha256(values) == chunk.sha256:

@@ -1,0 +1,299 @@
+"""Model bundles: a directory that has all that a model is, for serving and export. No JAX.
+
+    manifest.textproto     the config tree, the weights index, and the SHA-256 of each tensor and file
+    model.safetensors      the weights; model-00001-of-00003.safetensors and so on where they are many
+    tokenizer/             its files
+
+`open_model` reads a training run's checkpoints in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by it
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from pippin.core import checkpoint_steps, manifest
+from pippin.core.checkpoint_steps import CheckpointSteps
+from pippin.core.component import from_proto, from_text, to_proto
+from pippin.core.config import Config
+from pippin.core.errors import CheckpointError
+from pippin.core.manifest import DamageError
+from pippin.core.stored_array import StoredArray, array_sha256
+from pippin.v1 import model_pb2 as pb
+
+_log = logging.getLogger(__name__)
+
+TOKENIZER_FOLDER = "tokenizer"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+Params = dict[str, Any]  # name -> Params or array
+
+# What safetensors stores and NumPy reads back.
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor on disk. `read` checks its values and returns them; it raises `DamageError`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A model on disk. Its small files were checked; a tensor is checked when it is read."""
+
+    directory: Path
+    component: Config
+    weights: Mapping[str, StoredTensor]  # dotted path of a parameter -> tensor
+    tokenizer: Path | None  # the folder
+    provenance: pb.Provenance
+
+    def params(self) -> Params:
+        """All weights as a nested dict of arrays, read now.
+
+        Raises:
+            DamageError: a tensor is not as it was written.
+        """
+        params: Params = {}
+        for path, tensor in self.weights.items():
+            *parents, name = path.split(".")
+            inner = params
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[name] = tensor.read()
+        return params
+
+
+def save_bundle(
+    directory: str | Path,
+    component: Config,
+    params: Mapping[str, Any],
+    *,
+    tokenizer: str | Path | None = None,
+    provenance: pb.Provenance | None = None,
+    max_file_bytes: int = 4 << 30,
+) -> Path:
+    """Writes a bundle, whole or not at all.
+
+    Args:
+        directory: where it is to lie; there is nothing there yet.
+        component: the config tree of the model.
+        params: a nested dict of arrays, JAX's or NumPy's, each whole on this process's devices.
+        tokenizer: the folder of the tokenizer's files, which are copied.
+        provenance: where the weights came from; see `pippin.core.manifest.provenance`.
+        max_file_bytes: weights beyond this go to another file. A file's weights are in
+            memory at one time.
+
+    Returns:
+        The directory.
+
+    Raises:
+        CheckpointError: the directory is there already, or an array cannot be stored.
+    """
+    directory = Path(directory).absolute()
+    if directory.exists():
+        raise CheckpointError(
+            f"{directory} is there already. Remove it, or save the bundle to another directory."
+        )
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    manifest.remove(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        message = pb.ModelManifest(component=to_proto(component))
+        message.provenance.CopyFrom(provenance or manifest.provenance())
+        message.weights.extend(_write_weights(temporary, _flatten(params), max_file_bytes))
+        files = sorted({weight.file for weight in message.weights})
+        message.files.extend(manifest.describe_file(temporary, temporary / name) for name in files)
+        if tokenizer is not None:
+            message.tokenizer.files.extend(_copy_tokenizer(Path(tokenizer), temporary))
+        manifest.write_manifest(temporary, message)
+        manifest.publish(temporary, directory)
+    except OSError as e:
+        raise CheckpointError(
+            f"the bundle {directory} was not saved: {e}. Make room or mend the disk."
+        ) from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def load_bundle(directory: str | Path) -> Bundle:
+    """The bundle in a directory.
+
+    Raises:
+        CheckpointError: it is no bundle, or needs a newer pippin.
+        DamageError: files are absent or not as they were written.
+    """
+    directory = Path(directory).absolute()
+    message = manifest.read_manifest(directory, pb.ModelManifest)
+    for feature, there in (
+        ("quantized weights", message.HasField("quantization")),
+        ("adapters", message.adapters),
+    ):
+        if there:
+            raise CheckpointError(
+                f"{directory} has {feature}, which this pippin cannot read. Upgrade pippin-core."
+            )
+    problems = [p for f in message.files if (p := manifest.size_problem(directory, f.path, f.bytes))]
+    problems += manifest.file_problems(directory, message.tokenizer.files)
+    if problems:
+        raise DamageError(directory, problems)
+    return Bundle(
+        directory=directory,
+        component=from_proto(message.component),
+        weights={
+            w.name: StoredTensor(
+                tuple(w.shape), np.dtype(w.dtype), functools.partial(_read_weight, directory, w)
+            )
+            for w in message.weights
+        },
+        tokenizer=directory / TOKENIZER_FOLDER if message.tokenizer.files else None,
+        provenance=message.provenance,
+    )
+
+
+def open_model(directory: str | Path, state: str = "params") -> Bundle:
+    """The model in a directory: a bundle, a training run, its checkpoints, or one of their steps.
+
+    Of a run it is the newest step whose files are all there; nothing is set aside.
+
+    Args:
+        directory: to open.
+        state: which part of a training state has the parameters.
+
+    Raises:
+        CheckpointError: there is no model, or it needs a newer pippin.
+        DamageError: files are absent or not as they were written.
+    """
+    directory = Path(directory).absolute()
+    if (directory / manifest.FILE_NAME).exists():
+        is_step = (directory / checkpoint_steps.COMPONENT_FILE).exists()
+        return _open_step(directory, state) if is_step else load_bundle(directory)
+    for folder in (directory / CHECKPOINTS_FOLDER, directory):
+        if steps := CheckpointSteps(folder).steps():
+            return _open_newest(folder, steps, state)
+    raise CheckpointError(
+        f"{directory} holds no model: neither {manifest.FILE_NAME} nor steps in {CHECKPOINTS_FOLDER}/. "
+        "Give the directory of a bundle, of a training run, or of one of its steps."
+    )
+
+
+def signature(message: pb.ModelManifest) -> str:
+    """Which weights a bundle has; see model.proto."""
+    lines = (f"{w.name} {w.dtype} {'x'.join(map(str, w.shape))} {w.sha256}\n" for w in message.weights)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _open_newest(folder: Path, steps: Iterable[int], state: str) -> Bundle:
+    problems = []
+    for step in steps:
+        try:
+            return _open_step(folder / str(step), state)
+        except DamageError as e:
+            _log.warning("%s; an older step is tried", e)
+            problems += [f"{step}/{p}" for p in e.problems]
+    raise DamageError(folder, problems)
+
+
+def _open_step(folder: Path, state: str) -> Bundle:
+    message = checkpoint_steps.read_step(folder)
+    prefix = f"{state}."
+    arrays = [StoredArray(folder, entry) for entry in message.arrays if entry.name.startswith(prefix)]
+    if not arrays:
+        there = sorted({entry.name.partition(".")[0] for entry in message.arrays})
+        raise CheckpointError(
+            f"the state in {folder} has no {state!r}; it has {', '.join(there)}. Name one of them."
+        )
+    near = (folder / TOKENIZER_FOLDER, folder.parent.parent / TOKENIZER_FOLDER)
+    return Bundle(
+        directory=folder,
+        component=from_text((folder / checkpoint_steps.COMPONENT_FILE).read_text()),
+        weights={a.name.removeprefix(prefix): StoredTensor(a.shape, a.dtype, a.read) for a in arrays},
+        tokenizer=next((path for path in near if path.is_dir()), None),
+        provenance=message.provenance,
+    )
+
+
+def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The arrays of a nested dict by dotted path, sorted."""
+    flat = {}
+    for name, value in params.items():
+        if not name or "." in name:
+            raise CheckpointError(
+                f"{prefix}{name!r} is no name of a parameter: it is empty or has a dot. Rename it."
+            )
+        flat |= (
+            _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        )
+    return dict(sorted(flat.items()))
+
+
+def _write_weights(folder: Path, arrays: Mapping[str, Any], max_file_bytes: int) -> list[pb.Weight]:
+    groups: list[dict[str, Any]] = [{}]
+    size = 0
+    for name, array in arrays.items():
+        if str(array.dtype) not in _DTYPES:
+            raise CheckpointError(
+                f"{name} is {array.dtype}; a bundle holds {', '.join(_DTYPES)}. Convert it."
+            )
+        nbytes = math.prod(array.shape) * array.dtype.itemsize
+        if groups[-1] and size + nbytes > max_file_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = array
+        size += nbytes
+    weights = []
+    for i, group in enumerate(groups, 1):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{i:05}-of-{len(groups):05}.safetensors"
+        # Row-major, since safetensors writes the memory of an array as it lies there.
+        values = {name: np.asarray(array, order="C") for name, array in group.items()}
+        safetensors.numpy.save_file(values, folder / file)
+        manifest.sync(folder / file)
+        weights += [
+            pb.Weight(name=name, dtype=str(v.dtype), shape=v.shape, file=file, sha256=array_sha256(v))
+            for name, v in values.items()
+        ]
+    return weights
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> list[pb.StoredFile]:
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is no folder of a tokenizer's files. Give one, or none.")
+    copy = folder / TOKENIZER_FOLDER
+    shutil.copytree(source, copy)
+    files = sorted(p for p in copy.rglob("*") if p.is_file())
+    for path in files:
+        manifest.sync(path)
+    return [manifest.describe_file(folder, path) for path in files]
+
+
+def _read_weight(directory: Path, weight: pb.Weight) -> np.ndarray:
+    def damage(what: object) -> DamageError:
+        return DamageError(directory, [f"{weight.file}: {weight.name}: {what}"])
+
+    try:
+        # Refuses a header that is longer than the file, and tensors that do not fill the rest of it.
+        with safetensors.safe_open(directory / weight.file, framework="np") as file:
+            values = file.get_tensor(weight.name)
+    except (safetensors.SafetensorError, OSError) as e:
+        raise damage(e) from None
+    if (str(values.dtype), values.shape) != (weight.dtype, tuple(weight.shape)):
+        raise damage(f"is {values.dtype}{list(values.shape)}, not {weight.dtype}{list(weight.shape)}")
+    if array_sha256(values) != weight.sha256:
+        raise damage("the values do not match their SHA-256")
+    return values
