@@ -1,0 +1,228 @@
+"""Tokenizers: text to token ids and back, opened from the files that lie in a directory.
+
+`load_tokenizer` opens a SentencePiece model (`tokenizer.model`) or a Hugging
+Face `tokenizers` file (`tokenizer.json`); the libraries are imported when one
+is opened.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pippin.core.errors import DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_MODEL, _JSON = "tokenizer.model", "tokenizer.json"
+_FILES = (_JSON, _MODEL, "tokenizer_config.json", "config.json")  # all that `load_tokenizer` reads
+
+_SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
+
+
+class Tokenizer(abc.ABC):
+    """Text to token ids and back; the ids of its special tokens.
+
+    Special tokens are never read from text: text that spells one is encoded
+    letter by letter, and `decode` leaves special tokens out.
+    """
+
+    vocab_size: int  # ids are below it
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int  # an id that may fill a row; the loss never counts it
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens.
+
+        Raises:
+            DataError: the text holds a lone surrogate, which no encoding of Unicode can hold.
+        """
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model.
+
+    Lossless, `decode(encode(text)) == text`, where the model has byte fallback,
+    the identity normaliser, and neither adds nor removes spaces.
+
+    Source: Kudo and Richardson 2018, arXiv:1808.06226.
+    """
+
+    def __init__(self, model: bytes):
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue]
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model)
+        self.vocab_size = self._processor.vocab_size()
+        self.bos_id = _id_or_none(self._processor.bos_id())
+        self.eos_id = _id_or_none(self._processor.eos_id())
+        self.pad_id = _pad_id(_id_or_none(self._processor.pad_id()), self.eos_id)
+        # In a text the mark of spaces would come back as a space, so it is spelt in bytes, which
+        # needs byte fallback, and that no space is put before the rest.
+        lossless = proto.trainer_spec.byte_fallback and not proto.normalizer_spec.add_dummy_prefix
+        self._mark_ids = (
+            [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+            if lossless
+            else []
+        )
+
+    def encode(self, text: str) -> list[int]:
+        _require_unicode(text)
+        if not self._mark_ids or _SPACE_MARK not in text:
+            return self._processor.encode(text)
+        first, *rest = text.split(_SPACE_MARK)
+        ids = self._processor.encode(first)
+        for part in rest:
+            ids += self._mark_ids
+            ids += self._processor.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(i) for i in ids])
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json` of Hugging Face `tokenizers`, as lossless as its normaliser."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, special_ids: dict[str, int | None]):
+        """Takes the library's tokenizer and the ids by "bos", "eos" and "pad"."""
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        self.vocab_size = max(tokenizer.get_vocab().values(), default=-1) + 1
+        self.bos_id, self.eos_id = special_ids["bos"], special_ids["eos"]
+        self.pad_id = _pad_id(special_ids["pad"], self.eos_id)
+
+    def encode(self, text: str) -> list[int]:
+        _require_unicode(text)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def load_tokenizer(directory: Path | str) -> Tokenizer:
+    """The tokenizer whose files lie in a directory.
+
+    `tokenizer.json` is taken before `tokenizer.model`, since it alone holds
+    tokens that were added after training. Its special tokens are those of
+    `tokenizer_config.json`, or else the ids of `config.json`.
+
+    Raises:
+        DataError: there is no tokenizer, or its file is damaged.
+    """
+    directory = Path(directory)
+    if (directory / _JSON).is_file():
+        return _load_json(directory)
+    if (directory / _MODEL).is_file():
+        return _load_sentencepiece(directory / _MODEL)
+    found = (
+        ", ".join(sorted(p.name for p in directory.iterdir())[:10])
+        if directory.is_dir()
+        else "no such directory"
+    )
+    raise DataError(
+        f"{directory} holds no tokenizer: expected {_MODEL} or {_JSON}, found {found or 'nothing'}. "
+        "Give the directory that holds one of these files."
+    )
+
+
+def tokenizer_files(directory: Path | str) -> list[Path]:
+    """The files of a directory that `load_tokenizer` reads."""
+    return [Path(directory) / name for name in _FILES if (Path(directory) / name).is_file()]
+
+
+def copy_tokenizer(source: Path | str, target: Path | str) -> None:
+    """Copies a tokenizer's files into a directory, which is made."""
+    load_tokenizer(source)
+    Path(target).mkdir(parents=True, exist_ok=True)
+    for file in tokenizer_files(source):
+        shutil.copyfile(file, Path(target) / file.name)
+
+
+def tokenizer_digest(directory: Path | str) -> str:
+    """The SHA-256 of a tokenizer's files, names included, in hex: equal for equal tokenizers."""
+    digest = hashlib.sha256()
+    for file in tokenizer_files(directory):
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _load_sentencepiece(path: Path) -> Tokenizer:
+    from google.protobuf.message import DecodeError
+
+    try:
+        return SentencePieceTokenizer(path.read_bytes())
+    except (RuntimeError, DecodeError) as e:
+        raise DataError(
+            f"{path} is no SentencePiece model: {e}. Copy it again; a tokenizer.model of Llama 3's own format is "
+            f"not one, so give the {_JSON} of the same model instead."
+        ) from e
+
+
+def _load_json(directory: Path) -> Tokenizer:
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(directory / _JSON))
+    except Exception as e:  # the library raises Exception itself
+        raise DataError(f"{directory / _JSON} is no tokenizers file: {e}. Copy it again.") from e
+    tokens, ids = _read_object(directory / "tokenizer_config.json"), _read_object(directory / "config.json")
+    special_ids: dict[str, int | None] = {}
+    for name in ("bos", "eos", "pad"):
+        token, number = tokens.get(f"{name}_token"), ids.get(f"{name}_token_id")
+        text = token.get("content") if isinstance(token, dict) else token
+        first = number[0] if isinstance(number, list) and number else number  # some models have several
+        special_ids[name] = tokenizer.token_to_id(text) if text else first if isinstance(first, int) else None
+        if text and special_ids[name] is None:
+            raise DataError(
+                f"{directory / 'tokenizer_config.json'} names {name}_token {text!r}, which is no token of {_JSON}. "
+                "The two files belong to different tokenizers: copy both from one model."
+            )
+    return JsonTokenizer(tokenizer, special_ids)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as e:
+        raise DataError(f"{path} is no JSON: {e}. Copy it again.") from e
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds a JSON {type(value).__name__}; an object is expected. Copy it again.")
+    return value
+
+
+def _id_or_none(number: int) -> int | None:
+    return number if number >= 0 else None
+
+
+def _pad_id(pad: int | None, eos: int | None) -> int:
+    return pad if pad is not None else eos if eos is not None else 0
+
+
+def _require_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise DataError(
+            f"the text holds {text[e.start]!r} at character {e.start}, a lone surrogate, which is no Unicode text. "
+            "Remove it, for example with text.encode(errors='ignore').decode()."
+        ) from None

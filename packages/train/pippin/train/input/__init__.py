@@ -1,0 +1,1 @@
+"""Text to packed batches: sources, tokenizer training, the seqio pipeline, and the order of samples."""

@@ -1,0 +1,48 @@
+"""The cache directory: what is made once from given data and settings, under a digest of both."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def default_cache_dir() -> Path:
+    """PIPPIN_CACHE_DIR, or else `pippin` in the user's cache directory (XDG_CACHE_HOME)."""
+    if own := os.environ.get("PIPPIN_CACHE_DIR"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pippin"
+
+
+def digest(value: Any) -> str:
+    """32 hex digits that stand for a JSON value: equal values have equal ones."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, whatever happens meanwhile. Its directory is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(draft, "xb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Waits until no other process is inside `locked(path)`. A process that dies lets go of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,203 @@
+"""The seqio pipeline: tasks of text, their tokenisation, and the mixture; packed into stores.
+
+The only file of pippin that imports seqio, and with it TensorFlow: it runs in
+the packing process (`worker`), and not at all where the stores are complete.
+
+Source: Roberts et al. 2022, arXiv:2203.17189, section 3 (seqio's tasks and mixtures).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from pippin.core.errors import PippinError
+from pippin.core.tokenizer import Tokenizer
+from pippin.train.input.packing import Packer
+from pippin.train.input.plan import PlannedStore, PlannedTask
+from pippin.train.input.reading import Split
+from pippin.train.input.rejects import Rejects
+from pippin.train.input.store import StoreWriter
+
+_END = object()
+
+
+class TokenizerVocabulary(seqio.Vocabulary):
+    """A tokenizer of pippin as a vocabulary of seqio.
+
+    Not `seqio.SentencePieceVocabulary`: it opens SentencePiece models alone, and
+    in those the mark of spaces comes back as a space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_id
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.tokenizer.bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.tokenizer.eos_id
+
+    @property
+    def unk_id(self) -> int | None:
+        return None
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    def _encode(self, s: str) -> Sequence[int]:
+        return self.tokenizer.encode(s)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        ids = tf.numpy_function(
+            lambda text: np.asarray(self.tokenizer.encode(text.decode()), np.int32), [s], tf.int32
+        )
+        ids.set_shape([None])
+        return ids
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        return tf.numpy_function(lambda ids: self.tokenizer.decode(ids.tolist()).encode(), [ids], tf.string)
+
+
+def register(
+    tasks: Sequence[PlannedTask],
+    tokenizer: Tokenizer,
+    splits: Sequence[Split],
+    rejects: dict[tuple[str, str], Rejects],
+) -> seqio.Mixture:
+    """Declares each task in seqio's registry, and the mixture of all.
+
+    Args:
+        tasks: the tasks.
+        tokenizer: of all of them.
+        splits: their sides.
+        rejects: (task, split) -> who is told of what cannot be used.
+
+    Returns:
+        The mixture `pippin_mixture` of tasks `pippin_<name>`. Their examples are parts of
+        documents: "targets" [n] int32, and "starts" and "ends" bool.
+    """
+    vocabulary = TokenizerVocabulary(tokenizer)
+    rates = []
+    for task in tasks:
+        name = f"pippin_{task.name}"
+        if name in seqio.TaskRegistry.names():
+            seqio.TaskRegistry.remove(name)
+        sides = {split.name: split for split in splits}
+        seqio.TaskRegistry.add(
+            name,
+            source=seqio.FunctionDataSource(  # pyright: ignore[reportArgumentType]
+                _dataset_fn(task, sides, rejects), splits=list(sides)
+            ),
+            preprocessors=[
+                functools.partial(
+                    seqio.preprocessors.rekey, key_map={"targets": "text", "starts": "starts", "ends": "ends"}
+                ),
+                functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+            ],
+            output_features={"targets": seqio.Feature(vocabulary, add_eos=False)},
+        )
+        rates.append((name, task.rate))
+    if "pippin_mixture" in seqio.MixtureRegistry.names():
+        seqio.MixtureRegistry.remove("pippin_mixture")
+    return seqio.MixtureRegistry.add("pippin_mixture", rates)
+
+
+def _dataset_fn(
+    task: PlannedTask, splits: dict[str, Split], rejects: dict[tuple[str, str], Rejects]
+) -> Callable[..., tf.data.Dataset]:
+    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del (
+            shuffle_files,
+            seed,
+        )  # files come in the order of their hashes; rows are shuffled when they are read
+
+        def parts() -> Iterator[dict[str, Any]]:
+            told = rejects[task.name, split]
+            try:
+                for part in task.source.parts(task.files, splits[split], told):
+                    yield part._asdict()
+            except PippinError as e:
+                told.failure = e  # TensorFlow would turn it into an error of its own
+
+        flag = tf.TensorSpec((), tf.bool)
+        return tf.data.Dataset.from_generator(
+            parts, output_signature={"text": tf.TensorSpec((), tf.string), "starts": flag, "ends": flag}
+        )
+
+    return dataset
+
+
+def pack(stores: Sequence[PlannedStore], tokenizer: Tokenizer, *, fatal: bool) -> None:
+    """Fills stores, shard after shard in turns, so that all soon have the first rows.
+
+    Args:
+        stores: none of them complete; no other process fills them.
+        tokenizer: of all tasks.
+        fatal: whether input that cannot be used is an error.
+
+    Raises:
+        DataError: such input, where it is fatal.
+    """
+    rejects = {}
+    for store in stores:
+        store.directory.mkdir(parents=True, exist_ok=True)
+        listing = store.directory / "rejected.txt"
+        rejects[store.task.name, store.split.name] = Rejects(fatal=fatal, listing=listing)
+    tasks = {store.task.name: store.task for store in stores}
+    splits = {store.split.name: store.split for store in stores}
+    mixture = register(list(tasks.values()), tokenizer, list(splits.values()), rejects)
+    by_name = {task.name: task for task in mixture.tasks}
+    shards = [
+        _pack_store(
+            store, by_name[f"pippin_{store.task.name}"], tokenizer, rejects[store.task.name, store.split.name]
+        )
+        for store in stores
+    ]
+    shards = [shard for shard in shards if next(shard, _END) is not _END]
+    os.nice(10)  # training can start: from now on it goes first
+    while shards:
+        shards = [shard for shard in shards if next(shard, _END) is not _END]
+
+
+def _pack_store(
+    store: PlannedStore, task: seqio.Task, tokenizer: Tokenizer, rejects: Rejects
+) -> Iterator[None]:
+    """Fills a store, and stops after each shard."""
+    length = store.sequence_length
+    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    packer = Packer(length, start, tokenizer.eos_id, tokenizer.pad_id)
+    writer = StoreWriter(store.directory, length, tokenizer.vocab_size)
+    for row in _packed(packer, task, store.split, rejects):
+        if writer.add(row, rejects.report):
+            yield
+        if writer.rows == store.max_rows:
+            break
+    writer.finish(rejects.report)
+    rejects.close()
+
+
+def _packed(packer: Packer, task: seqio.Task, split: Split, rejects: Rejects) -> Iterator[np.ndarray]:
+    dataset = task.get_dataset(None, split.name, shuffle=False)
+    for example in dataset.as_numpy_iterator():
+        yield from packer.add(example["targets"], starts=bool(example["starts"]), ends=bool(example["ends"]))
+    if rejects.failure:
+        raise rejects.failure
+    yield from packer.flush()

@@ -1,0 +1,88 @@
+"""The packing process: trains the tokenizer and fills the stores, while another process reads them.
+
+    python -m pippin.train.input.worker
+
+It takes one line of JSON on its standard input (see `Packing`), and dies when
+that is closed, as happens however its parent dies. Where the user's text is at
+fault it ends with one line of JSON on its standard output, {"error": text}.
+
+Importing seqio takes seconds of CPU time; here it overlaps with the training of
+the tokenizer, and in the parent with the import of JAX and compilation. The
+accelerator belongs to the parent: none is visible here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pippin.core.component import from_text
+from pippin.core.errors import PippinError
+from pippin.core.tokenizer import load_tokenizer
+from pippin.train.input.cache import locked
+from pippin.train.input.config import BadInput, TextInputConfig
+from pippin.train.input.plan import Plan
+
+
+def main() -> int:
+    """Does the job that standard input says; the exit status."""
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        _run(job)
+    except PippinError as e:
+        print(json.dumps({"error": str(e)}), flush=True)
+        return 1
+    return 0
+
+
+def _die_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+def _run(job: dict[str, Any]) -> None:
+    for module in job["modules"]:
+        importlib.import_module(module)  # registers the configs of the tree
+    cfg = from_text(job["config"])
+    assert isinstance(cfg, TextInputConfig)
+    plan = Plan(cfg, Path(job["cache_dir"]), Path(job["tokenizer_dir"]) if job["tokenizer_dir"] else None)
+    _train_tokenizer(plan)
+    # By directory, as two tasks of the same text share their stores.
+    stores = list({store.directory: store for store in plan.stores() if not store.complete()}.values())
+    with contextlib.ExitStack() as stack:
+        # In one order in all processes, so that no two wait for each other.
+        for store in sorted(stores, key=lambda store: store.directory):
+            stack.enter_context(locked(store.directory.with_suffix(".lock")))
+        stores = [store for store in stores if not store.complete()]  # another process may have filled them
+        if stores:
+            from pippin.train.input import seqio_pipeline
+
+            fatal = cfg.bad_input is BadInput.FATAL
+            seqio_pipeline.pack(stores, load_tokenizer(plan.tokenizer_dir), fatal=fatal)
+
+
+def _train_tokenizer(plan: Plan) -> None:
+    """Trains the tokenizer if need be, and imports seqio meanwhile."""
+    if plan.has_tokenizer():
+        return
+    read = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(plan.train_tokenizer, read)
+        # Each text that the trainer reads would wait for the import to let Python's lock go.
+        while not read.wait(0.05) and not training.done():
+            pass
+        if not training.done():
+            from pippin.train.input import seqio_pipeline  # noqa: F401
+        training.result()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
