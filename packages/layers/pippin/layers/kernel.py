@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pippin.core.module import Module
 from pippin.layers.context import Context, KeyValues
 from pippin.layers.kernel_config import BlockwiseKernelConfig, ReferenceKernelConfig
+from pippin.layers.precision import at_least_float32
 
 Bias = Callable[[Int[Array, "B T"], Int[Array, "B S"]], Float[Array, "B N T S"] | None]
 
@@ -98,7 +99,7 @@ def _attend(
     num_kv_heads = kv.k.shape[2]
     # Query heads in groups that share a key head: keys and values are never repeated.
     grouped = (q * logits.scale).reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    accumulate = jnp.promote_types(q.dtype, jnp.float32)
+    accumulate = at_least_float32(q.dtype)
     s = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, kv.k.astype(q.dtype), preferred_element_type=accumulate)
     if logits.soft_cap is not None:
         s = logits.soft_cap * jnp.tanh(s / logits.soft_cap)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pippin.layers.precision import at_least_float32
+
 Head = Callable[[Any, Array], Array]  # (parameters, [B, T, D]) -> logits [B, T, V]
 # Of hidden states, targets and weights: [n, B, T / n, ...], chunk after chunk.
 Chunks = tuple[Array, Array, Array]
@@ -70,7 +72,7 @@ def _chunk_loss(
     head: Head, z_loss: float, params: Any, hidden: Array, targets: Array, weights: Array
 ) -> tuple[Array, LossSums]:
     logits = head(params, hidden)
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(at_least_float32(logits.dtype))
     weights = weights.astype(logits.dtype)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -11,6 +11,7 @@ from pippin.core.module import Module
 from pippin.core.outputs import add_loss, add_metric
 from pippin.layers.feed_forward import ACTIVATIONS
 from pippin.layers.moe_config import MoEConfig, TopKRouterConfig
+from pippin.layers.precision import at_least_float32
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +42,7 @@ class TopKRouter(Module):
         self.balance_loss, self.z_loss = cfg.balance_loss, cfg.z_loss
 
     def __call__(self, x: Float[Array, "M D"]) -> Routes:
-        logits = self.proj(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        logits = self.proj(x.astype(at_least_float32(x.dtype)))
         if self.soft_cap is not None:
             logits = self.soft_cap * jnp.tanh(logits / self.soft_cap)
         probabilities = jax.nn.softmax(logits, axis=-1)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from pippin.core.module import Module, constant_init, parameter
 from pippin.layers.norm_config import RMSNormConfig
+from pippin.layers.precision import at_least_float32
 
 
 class RMSNorm(Module):
@@ -22,7 +23,7 @@ class RMSNorm(Module):
         self.eps = cfg.eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x32 = x.astype(at_least_float32(x.dtype))
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         scale = self.scale[...].astype(x32.dtype)
         return (x32 * inverse * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pippin.core.module import Module
 from pippin.layers.position_config import ALiBiConfig, Llama3ScalingConfig, NoPEConfig, RoPEConfig
+from pippin.layers.precision import at_least_float32
 
 
 class NoPE(Module):
@@ -45,7 +46,7 @@ class RoPE(Module):
         self.frequencies = tuple(frequencies.tolist())
 
     def rotate(self, x: Float[Array, "B T N H"], positions: Int[Array, "B T"]) -> Float[Array, "B T N H"]:
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        dtype = at_least_float32(x.dtype)
         frequencies = jnp.asarray(self.frequencies, dtype)
         angles = positions.astype(dtype)[:, :, None, None] * frequencies[None, None, None, :]
         cos, sin = jnp.cos(angles), jnp.sin(angles)
