@@ -34,7 +34,7 @@ from pippin.core.manifest import DamageError
 from pippin.v1 import model_pb2 as pb
 
 _PROBLEM_BYTES = 4096  # of the text that a process tells the others of damage
-_PART = "part-{}.textproto"  # what one process of several wrote
+_PART = "part-{}.binpb"  # what one process of several wrote
 _EXTRA_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 _NOISY_LOGGERS = ("absl", "asyncio")  # Orbax prints the stack of each of its threads when a write fails
@@ -76,7 +76,8 @@ class Checkpointer:
     def __init__(
         self, cfg: CheckpointerConfig, *, directory: str | Path, component: Config, recipe: str = ""
     ):
-        """
+        """Takes the directory, and clears away what a killed job left in it.
+
         Args:
             cfg: when to save and what to keep.
             directory: of the checkpoints; made if it is not there. Seen by all processes.
@@ -234,6 +235,7 @@ class Checkpointer:
         if self._primary:
             self._steps.set_aside(step, aside)
         self._barrier("checkpoint set aside")
+        self._saved.discard(step)
         skipped = Skipped(step, problems, aside if aside.exists() else self._steps.folder(step))
         if self._primary:
             _log.warning("damaged checkpoint: %s", skipped)
@@ -313,6 +315,8 @@ class Checkpointer:
         except Exception as e:
             if self._primary:
                 self._steps.discard(step)
+            if isinstance(e, CheckpointError):
+                raise
             reason = str(e).partition("\n")[0].rstrip(".")
             raise CheckpointError(
                 f"step {step} was not saved to {self.directory}: {reason}. Earlier checkpoints are as they were. "

@@ -13,6 +13,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -160,6 +161,30 @@ def test_damage_to_any_file_is_named_and_the_newest_whole_step_is_used(tmp_path,
         assert skipped.moved_to.is_dir()
         assert skipped.moved_to.name.startswith("2.damaged")
         assert not (run / "2").exists()
+
+
+def test_a_step_that_was_set_aside_is_saved_again(tmp_path):
+    state = {"w": jnp.ones(2)}
+    with open_checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state)
+        checkpointer.wait()
+        (tmp_path / "2/manifest.textproto").unlink()
+        assert load(checkpointer, state).step == 1
+        checkpointer.save(2, state)
+        assert load(checkpointer, state).step == 2
+
+
+def test_orbax_itself_reads_the_arrays(tmp_path):
+    state = make_state()
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state)
+    as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+    names = ["key", "learner.0", "learner.1.mu", "params.embedding", "params.norm.weight"]
+    arrays = ocp.PyTreeCheckpointer().restore(
+        tmp_path / "1/arrays", restore_args=dict.fromkeys(names, as_numpy)
+    )
+    np.testing.assert_array_equal(arrays["params.embedding"], state["params"]["embedding"])
 
 
 def test_a_chunk_of_zeros_that_was_deleted_is_damage_too(tmp_path):
