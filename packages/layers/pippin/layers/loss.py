@@ -1,8 +1,7 @@
 """Cross-entropy over a large vocabulary, in chunks of tokens."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,7 @@ Head = Callable[[Any, Array], Array]  # (parameters, [B, T, D]) -> logits [B, T,
 Chunks = tuple[Array, Array, Array]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LossSums:
+class LossSums(NamedTuple):
     """Sums over tokens, each times its weight. For the log: no gradient flows through them."""
 
     cross_entropy: Float[Array, ""]  # nats
