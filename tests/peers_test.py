@@ -19,5 +19,5 @@ with torch.no_grad():
 def test_a_tiny_llama_runs_on_the_peers_interpreter():
     python = os.environ["PIPPIN_PEERS_PYTHON"]
     assert python != sys.executable
-    done = subprocess.run([python, "-I", "-c", _PROGRAM], capture_output=True, text=True)
+    done = subprocess.run([python, "-I", "-c", _PROGRAM], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "(1, 8, 32)", done.stderr

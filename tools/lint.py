@@ -17,5 +17,11 @@ def commands(fix: bool) -> dict[str, list[str]]:
     return {
         "ruff check": [ruff, "check", "--no-cache", "--quiet", *(["--fix"] if fix else [])],
         "ruff format": [ruff, "format", "--no-cache", "--quiet", *([] if fix else ["--diff"])],
-        "buildifier": [buildifier, "-r", f"-mode={'fix' if fix else 'diff'}", f"-lint={'fix' if fix else 'warn'}", "."],
+        "buildifier": [
+            buildifier,
+            "-r",
+            f"-mode={'fix' if fix else 'diff'}",
+            f"-lint={'fix' if fix else 'warn'}",
+            ".",
+        ],
     }

@@ -45,8 +45,10 @@ class CleanEnvironment:
 
     def run(self, *command: str | os.PathLike) -> subprocess.CompletedProcess:
         """Runs a command that sees only this environment."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "RUNFILES"))}
-        return subprocess.run(command, env=kept, capture_output=True, text=True)
+        kept = {
+            k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "RUNFILES"))
+        }
+        return subprocess.run(command, env=kept, capture_output=True, text=True, check=False)
 
     def _collect(self, queue, ours, wheels, needed) -> None:
         """Fills `wheels` (an ordered set) and `needed`, name -> installed distribution."""
@@ -60,7 +62,16 @@ class CleanEnvironment:
                     _closure(requirement, needed, set())
 
     def _install(self, wheels: list[pathlib.Path]) -> None:
-        command = [find_uv_bin(), "pip", "install", "--offline", "--no-index", "--no-deps", "--no-cache", "--quiet"]
+        command = [
+            find_uv_bin(),
+            "pip",
+            "install",
+            "--offline",
+            "--no-index",
+            "--no-deps",
+            "--no-cache",
+            "--quiet",
+        ]
         subprocess.run([*command, "--python", self.python, *wheels], check=True)
 
 

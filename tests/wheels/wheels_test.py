@@ -1,5 +1,6 @@
 """Each wheel works alone, with nothing but what it declares, and holds all that it should."""
 
+import importlib.resources
 import os
 import pathlib
 import subprocess
@@ -36,7 +37,9 @@ def contents(name: str) -> list[str]:
 
 
 def modules(name: str) -> list[str]:
-    paths = [path.removesuffix(".py").removesuffix("/__init__") for path in contents(name) if path.endswith(".py")]
+    paths = [
+        path.removesuffix(".py").removesuffix("/__init__") for path in contents(name) if path.endswith(".py")
+    ]
     return [path.replace("/", ".") for path in paths]
 
 
@@ -56,7 +59,7 @@ def test_every_module_imports(installed):
 
 def test_nothing_undeclared_can_be_imported(installed):
     name, environment = installed
-    for undeclared in ["pytest", *([] if name == "pippin-train" else ["optax", "seqio", "tensorflow"])]:
+    for undeclared in ["pytest", *([] if name == "pippin-train" else ["seqio", "tensorflow"])]:
         done = environment.run(environment.python, "-I", "-c", f"import {undeclared}")
         assert f"No module named '{undeclared}'" in done.stderr
 
@@ -64,14 +67,13 @@ def test_nothing_undeclared_can_be_imported(installed):
 def test_package_data_is_installed(installed):
     _, environment = installed
     program = (
-        "import importlib.resources as r, importlib.util as u\n"
-        "if u.find_spec('pippin') and u.find_spec('pippin.v1'):\n"
-        "    print(*sorted(p.name for p in (r.files('pippin.v1') / 'interfaces').iterdir()))"
+        "import importlib.resources\n"
+        "for path in (importlib.resources.files('pippin.v1') / 'interfaces').iterdir():\n"
+        "    print(path.name)"
     )
     done = environment.run(environment.python, "-I", "-c", program)
-    from importlib.resources import files
-
-    assert done.stdout.split() == sorted(path.name for path in (files("pippin.v1") / "interfaces").iterdir())
+    here = importlib.resources.files("pippin.v1") / "interfaces"
+    assert sorted(done.stdout.split()) == sorted(path.name for path in here.iterdir())
 
 
 def test_console_script_does_what_the_bazel_target_does(installed):
@@ -81,8 +83,9 @@ def test_console_script_does_what_the_bazel_target_does(installed):
         return
     script, target = SCRIPTS[name]
     installed_help = environment.run(environment.bin / script, "--help")
-    bazel_help = subprocess.run([RUNFILES / target, "--help"], capture_output=True, text=True)
+    bazel_help = subprocess.run([RUNFILES / target, "--help"], capture_output=True, text=True, check=False)
     assert installed_help.returncode == 0, installed_help.stderr
+    assert bazel_help.returncode == 0, bazel_help.stderr
     assert installed_help.stdout == bazel_help.stdout
 
 
