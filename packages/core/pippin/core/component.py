@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import enum
-import typing
 from typing import Any
 
 from google.protobuf import text_format
-from pippin.core.config import REQUIRED, Config, RequiredType, field_hints, lookup, nearest, union_members
+
+from pippin.core.config import REQUIRED, Config, field_hints, lookup, nearest
+from pippin.core.config_field import enum_of, item_hint, union_members
 from pippin.core.errors import ConfigError
 from pippin.v1 import component_pb2 as pb
 
@@ -36,8 +37,11 @@ def from_text(text: str) -> Config:
     """
     try:
         message = text_format.Parse(text, pb.Component())
-    except text_format.ParseError as e:
-        raise ConfigError(f"the text is not a pippin.v1.Component: {e}. Write it with to_text.") from None
+    except (text_format.ParseError, UnicodeError, RecursionError) as e:
+        reason = "it is nested too deeply" if isinstance(e, RecursionError) else str(e).rstrip(".")
+        raise ConfigError(
+            f"the text is not a pippin.v1.Component: {reason}. Write it with to_text."
+        ) from None
     return from_proto(message)
 
 
@@ -58,10 +62,14 @@ def from_proto(message: pb.Component) -> Config:
     fields = {}
     for field in message.fields:
         if field.name not in hints:
+            older = message.version < cls.VERSION
             raise ConfigError(
-                f"{message.type} has no field {field.name!r}{nearest(field.name, list(hints))}. "
-                "Upgrade the package that holds it, or remove the field."
+                f"{message.type} has no field {field.name!r}{nearest(field.name, hints) or '.'} "
+                + (f"Version {message.version} may have had it: remove" if older else "Rename or remove")
+                + " the field, or use the pippin that wrote it."
             )
+        if field.name in fields:
+            raise ConfigError(f"{message.type} has the field {field.name!r} twice. Remove one of the two.")
         fields[field.name] = _value_from_proto(f"{message.type}.{field.name}", field.value, hints[field.name])
     return cls(**fields)
 
@@ -93,9 +101,9 @@ def _value_from_proto(where: str, value: pb.Value, hint: Any) -> Any:
         case "component":
             return from_proto(value.component)
         case "list":
-            item_hint = _item_hint(hint)
+            of_item = item_hint(hint)
             return tuple(
-                _value_from_proto(f"{where}[{i}]", v, item_hint) for i, v in enumerate(value.list.items)
+                _value_from_proto(f"{where}[{i}]", v, of_item) for i, v in enumerate(value.list.items)
             )
         case "enum_value":
             return _member(where, value.enum_value, hint)
@@ -105,21 +113,17 @@ def _value_from_proto(where: str, value: pb.Value, hint: Any) -> Any:
             return getattr(value, kind)
 
 
-def _item_hint(hint: Any) -> Any:
-    tuples = [m for m in union_members(hint) if typing.get_origin(m) is tuple]
-    return typing.get_args(tuples[0])[0] if tuples else Any
-
-
-def _member(where: str, text: str, hint: Any) -> enum.Enum:
-    enums = [
-        m
-        for m in union_members(hint)
-        if isinstance(m, type) and issubclass(m, enum.Enum) and m is not RequiredType
-    ]
-    values = [m.value for e in enums for m in e]
+def _member(where: str, text: str, hint: Any) -> Any:
+    enums = [e for e in map(enum_of, union_members(hint)) if e is not None]
     for e in enums:
-        if text in [m.value for m in e]:
+        if text in {m.value for m in e}:
             return e(text)
+    values = [m.value for e in enums for m in e]
     raise ConfigError(
-        f"{where} got {text!r}{nearest(text, values)}; its values are {', '.join(map(repr, values))}."
+        f"{where} got the enum_value {text!r}{nearest(text, values) or '.'} "
+        + (
+            f"Its values are {', '.join(map(repr, values))}."
+            if values
+            else "It is no enumeration: write a string_value."
+        )
     )

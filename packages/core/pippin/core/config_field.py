@@ -87,6 +87,12 @@ def union_members(hint: Any) -> tuple[Any, ...]:
     return (hint,)
 
 
+def item_hint(hint: Any) -> Any:
+    """The annotation of the items of a tuple; Any where no tuple is allowed."""
+    tuples = (m for m in union_members(hint) if typing.get_origin(m) is tuple)
+    return next((typing.get_args(m)[0] for m in tuples), Any)
+
+
 def slot_of(hint: Any) -> Slot | None:
     """The `Slot` of an annotation that is no union."""
     if typing.get_origin(hint) is not typing.Annotated:

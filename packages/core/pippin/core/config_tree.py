@@ -9,38 +9,36 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
-from pippin.core.config import (
-    REQUIRED,
-    Config,
-    RequiredType,
-    Slot,
-    check_value,
-    children,
-    field_hints,
-    lookup,
-    require_field,
-    union_members,
-)
+from pippin.core.config import REQUIRED, Config, check_value, children, field_hints, lookup, require_field
+from pippin.core.config_field import enum_of, item_hint, slot_of, union_members
 from pippin.core.errors import ConfigError
 
 C = TypeVar("C", bound=Config)
 
-Modifier = Callable[
-    [C], C
-]  # what carries a change of a whole tree, such as everything that depends on hardware
+# What carries a change of a whole tree, such as everything that depends on hardware.
+Modifier = Callable[[C], C]
 
 
-def chain(*modifiers: Modifier[C]) -> Modifier[C]:
+def chain[T: Config](*modifiers: Modifier[T]) -> Modifier[T]:
     """The modifier that applies several, in order."""
 
-    def apply(cfg: C) -> C:
+    def apply(cfg: T) -> T:
         for modifier in modifiers:
-            cfg = modifier(cfg)
+            cfg = _require_config(modifier(cfg), modifier)
         return cfg
 
     return apply
+
+
+def _require_config(result: Any, made_by: Any) -> Any:
+    if not isinstance(result, Config):
+        raise ConfigError(
+            f"the modifier {getattr(made_by, '__qualname__', made_by)} returned {result!r}, which is no config. "
+            "Return the changed tree: trees are not changed in place."
+        )
+    return result
 
 
 def traverse(cfg: Config, path: str = "") -> Iterator[tuple[str, Config]]:
@@ -50,7 +48,7 @@ def traverse(cfg: Config, path: str = "") -> Iterator[tuple[str, Config]]:
         yield from traverse(child, f"{path}.{step}" if path else step)
 
 
-def transform(cfg: C, fn: Callable[[Config], Config]) -> C:
+def transform[T: Config](cfg: T, fn: Callable[[Config], Config]) -> T:
     """A tree with `fn` applied to every config in it, children first.
 
     Raises:
@@ -69,14 +67,13 @@ def transform(cfg: C, fn: Callable[[Config], Config]) -> C:
         if new is not old and new != old:
             changed[name] = new
     # A child that was transformed was not chosen by the caller; only `_chosen` of the parent stays as it was.
-    result = fn(_keep_chosen(cfg.set(**changed), cfg) if changed else cfg)
-    return result  # type: ignore[return-value]
+    return _require_config(fn(_keep_chosen(cfg.set(**changed), cfg) if changed else cfg), fn)
 
 
 _Change = tuple[list[str], Any]  # the steps of a path, and the value to put there
 
 
-def override(cfg: C, changes: Mapping[str, Any]) -> C:
+def override[T: Config](cfg: T, changes: Mapping[str, Any]) -> T:
     """A tree with other values at some dotted paths, such as `decoder.layer.feed_forward.hidden_dim`.
 
     A step into a tuple is an index; `*` stands for every index. A value may be
@@ -91,108 +88,129 @@ def override(cfg: C, changes: Mapping[str, Any]) -> C:
 
 
 def _override(cfg: Any, changes: list[_Change], done: str) -> Any:
-    if isinstance(cfg, tuple):
-        return _override_items(cfg, changes, done)
     values = {}
     for step in dict.fromkeys(steps[0] for steps, _ in changes):
         if not isinstance(cfg, Config):
+            at = done.rstrip(".")
             raise ConfigError(
-                f"{done.rstrip('.')} is {cfg!r}, which has no fields, so {done}{step} leads nowhere. "
-                f"Set {done.rstrip('.')} itself."
+                f"{at} is {show(cfg)}, which has no fields, so {done}{step} leads nowhere. Set {at} itself."
             )
         require_field(type(cfg), step, done)
         inside = [(steps[1:], value) for steps, value in changes if steps[0] == step]
-        hint = field_hints(type(cfg))[step]
-
-        def parse(value: Any, old: Any, where: str = done + step, hint: Any = hint) -> Any:
-            return parse_value(where, value, hint, old) if isinstance(value, str) else value
-
-        values[step] = _override_value(getattr(cfg, step), inside, f"{done}{step}.", parse)
+        values[step] = _override_value(
+            getattr(cfg, step), inside, f"{done}{step}", field_hints(type(cfg))[step]
+        )
     return cfg.set(**values)
 
 
-def _override_items(items: tuple[Any, ...], changes: list[_Change], done: str) -> tuple[Any, ...]:
-    for (step, *_), _ in changes:
-        if step != "*" and not (step.isdecimal() and int(step) < len(items)):
-            raise ConfigError(
-                f"{done}{step}: {done.rstrip('.')} has {len(items)} items. "
-                f"Use an index from 0 to {len(items) - 1}, or *."
-            )
-    return tuple(
-        _override_value(
-            item,
-            [(steps[1:], value) for steps, value in changes if steps[0] in ("*", str(i))],
-            f"{done}{i}.",
-            parse=lambda value, old: value,
-        )
-        for i, item in enumerate(items)
-    )
-
-
-def _override_value(old: Any, changes: list[_Change], done: str, parse: Callable[[Any, Any], Any]) -> Any:
+def _override_value(old: Any, changes: list[_Change], at: str, hint: Any) -> Any:
     """A value after the changes to it (no steps left) and inside it, in order."""
     inside: list[_Change] = []
     for steps, value in changes:
         if steps:
             inside.append((steps, value))
-        else:
-            # What was to change inside the old value goes with it, but is looked at: its path may be wrong.
-            old, inside = parse(value, _override(old, inside, done) if inside else old), []
-    return _override(old, inside, done) if inside else old
+            continue
+        # What was to change inside the old value goes with it, but is looked at: its path may be wrong.
+        old, inside = _override_inside(old, inside, at, hint), []
+        old = parse_value(at, value, hint, old) if isinstance(value, str) else check_value(at, value, hint)
+    return _override_inside(old, inside, at, hint)
+
+
+def _override_inside(old: Any, changes: list[_Change], at: str, hint: Any) -> Any:
+    if not changes or not isinstance(old, tuple):
+        return _override(old, changes, f"{at}.") if changes else old
+    for (step, *_), _ in changes:
+        if not (step == "*" and old) and not (step.isdecimal() and int(step) < len(old)):
+            rule = (
+                f"Use an index from 0 to {len(old) - 1}, or *."
+                if old
+                else "Set it to a tuple with items first."
+            )
+            raise ConfigError(f"{at}.{step} leads nowhere: {at} has {len(old)} items. {rule}")
+    return tuple(
+        _override_value(
+            item,
+            [(steps[1:], value) for steps, value in changes if steps[0] in ("*", str(i))],
+            f"{at}.{i}",
+            item_hint(hint),
+        )
+        for i, item in enumerate(old)
+    )
 
 
 def parse_value(where: str, text: str, hint: Any, old: Any = REQUIRED) -> Any:
-    """A field's value from text: a number, true or false, none, a member's value, a JSON list for a tuple.
+    """A field's value from text: a number, true or false, none, a member's value, text; a tuple as 1,2 or [1, 2].
 
-    For a slot, the name of a component type: the new component takes over the
+    For a config, the name of a component type: the new component takes over the
     fields that it shares with the old one.
 
     Raises:
         ConfigError: the text is none of what the annotation allows.
     """
-    for member in union_members(hint):
-        for parse in (_parse_slot, _parse_plain):
-            value = parse(text, member, old)
-            if value is not REQUIRED:
-                check_value(where, value, hint)
-                return value
-    check_value(where, text, hint)  # says what is allowed
-    return text
+    for member in sorted(union_members(hint), key=_reading_order):
+        value = _parse(where, text, member, old)
+        if value is not _UNREADABLE:
+            return check_value(where, value, hint)
+    return check_value(where, text, hint)  # says what is allowed
 
 
-def _parse_slot(text: str, hint: Any, old: Any) -> Any:
-    marks = getattr(hint, "__metadata__", ())
-    if not any(isinstance(m, Slot) for m in marks) or text.lower() == "none":
-        return REQUIRED
-    new = lookup(text)()
+_UNREADABLE = object()
+
+
+def _reading_order(hint: Any) -> int:
+    """None before all, as it is typed like a str; str after all, as everything can be read as one."""
+    return 0 if hint is type(None) else 2 if hint is str else 1
+
+
+def _parse(where: str, text: str, hint: Any, old: Any) -> Any:
+    """The value that text is of an annotation that is no union, or `_UNREADABLE`."""
+    kind = enum_of(hint)
+    word = text.strip().lower()
+    if hint is str:
+        return text
+    if hint is type(None):
+        return None if word == "none" else _UNREADABLE
+    if hint is bool:
+        return {"true": True, "false": False}.get(word, _UNREADABLE)
+    if hint in (int, float):
+        try:
+            return hint(word)
+        except ValueError:
+            return _UNREADABLE
+    if kind is not None:
+        return next((m for m in kind if m.value.lower() == word), _UNREADABLE)
+    if get_origin(hint) is tuple:
+        return _parse_tuple(where, text, hint)
+    if slot_of(hint) is None and not (isinstance(hint, type) and issubclass(hint, Config)):
+        return _UNREADABLE
+    if word == "none":
+        return _UNREADABLE
+    new = lookup(text.strip())()
     return inherit(new, old) if isinstance(old, Config) else new
 
 
-def _parse_plain(text: str, hint: Any, old: Any) -> Any:
-    """The parsed text, or REQUIRED where it is not of this annotation's form."""
-    origin = getattr(hint, "__origin__", None)
-    if hint is type(None):
-        return None if text.lower() == "none" else REQUIRED
-    if hint is bool:
-        return {"true": True, "false": False}.get(text.lower(), REQUIRED)
-    if hint in (int, float):
-        try:
-            return hint(text.replace("_", ""))
-        except ValueError:
-            return REQUIRED
-    if isinstance(hint, type) and issubclass(hint, Enum) and hint is not RequiredType:
-        return next((m for m in hint if m.value == text.lower()), REQUIRED)
-    if origin is tuple:
-        try:
-            items = json.loads(text) if text.startswith("[") else text.split(",")
-        except json.JSONDecodeError:
-            return REQUIRED
-        item_hint = hint.__args__[0]
-        return tuple(parse_value("item", i, item_hint) if isinstance(i, str) else i for i in items)
-    return text if hint is str else REQUIRED
+def _parse_tuple(where: str, text: str, hint: Any) -> Any:
+    text = text.strip()
+    try:
+        items = (
+            json.loads(text)
+            if text.startswith("[")
+            else [t.strip() for t in text.strip("()").split(",") if t]
+        )
+    except (ValueError, RecursionError):
+        return _UNREADABLE
+
+    def read(item: Any, at: str, hint: Any) -> Any:
+        if isinstance(item, str):
+            return parse_value(at, item, hint)
+        if isinstance(item, list) and get_origin(hint) is tuple:
+            return tuple(read(v, f"{at}.{i}", item_hint(hint)) for i, v in enumerate(item))
+        return item
+
+    return tuple(read(item, f"{where}.{i}", item_hint(hint)) for i, item in enumerate(items))
 
 
-def replace(cfg: C, kind: type, new: Config | Callable[[Config], Config]) -> C:
+def replace[T: Config](cfg: T, kind: type, new: Config | Callable[[Config], Config]) -> T:
     """A tree with every component of a kind swapped for another, keeping the fields that both have.
 
         replace(cfg, FeedForwardConfig, MoEConfig(num_experts=8))
@@ -208,7 +226,15 @@ def replace(cfg: C, kind: type, new: Config | Callable[[Config], Config]) -> C:
     Raises:
         ConfigError: nothing in the tree is of that kind, or `new` does not fit a slot.
     """
-    kind = getattr(kind, "Config", kind)
+    kind = kind.__dict__.get("Config", kind) if isinstance(kind, type) else kind
+    if not (isinstance(kind, type) and issubclass(kind, Config)):
+        raise ConfigError(
+            f"replace got {kind!r} as the kind to replace. Give it a config class, such as FeedForwardConfig."
+        )
+    if isinstance(new, type):
+        raise ConfigError(
+            f"replace got the class {new.__name__} as new. Give it a config: {new.__name__}(...)."
+        )
     found = 0
 
     def swap(old: Config) -> Config:
@@ -228,22 +254,20 @@ def replace(cfg: C, kind: type, new: Config | Callable[[Config], Config]) -> C:
     return result
 
 
-def inherit(new: C, old: Config) -> C:
+def inherit[T: Config](new: T, old: Config) -> T:
     """`new` with each field that was not set on it and that `old` has too, by name and type, taken from `old`."""
     shared = {}
     for name, hint in field_hints(type(new)).items():
         if name in new.chosen or name not in field_hints(type(old)):
             continue
-        value = getattr(old, name)
         try:
-            check_value(name, value, hint)
+            shared[name] = check_value(name, getattr(old, name), hint)
         except ConfigError:
             continue
-        shared[name] = value
     return _keep_chosen(new.set(**shared), new) if shared else new
 
 
-def _keep_chosen(cfg: C, like: Config) -> C:
+def _keep_chosen[T: Config](cfg: T, like: Config) -> T:
     object.__setattr__(cfg, "_chosen", like.chosen)
     return cfg
 
@@ -287,7 +311,11 @@ _ABSENT = _Absent()
 
 
 def show(value: Any) -> str:
-    """A value as it is printed in configs and typed in overrides."""
+    """A value as it is printed in configs; a config as its type's name."""
+    if isinstance(value, Config):
+        return type(value).TYPE
+    if isinstance(value, tuple):
+        return f"({', '.join(map(show, value))}{',' if len(value) == 1 else ''})"
     if isinstance(value, Enum) and value is not REQUIRED:
         return str(value.value)
     return repr(value)

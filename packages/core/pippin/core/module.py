@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+
 from pippin.core.config import Configurable
+from pippin.core.errors import ConfigError
+from pippin.core.mesh_config import require_logical_axis
 
 # Logical axes of stacks: a parameter of n layers or tracks is n parameters, one after the other.
 STACK_AXES = ("layers", "tracks")
@@ -53,9 +55,19 @@ def parameter(
         shape: of the parameter.
         axes: the logical axis of each dim; None for a dim that is never sharded.
         fan_in: how many inputs each output sums over.
+
+    Raises:
+        ConfigError: there is not one axis for each dim.
+        ShardingError: an axis is unknown.
     """
     if len(axes) != len(shape):
-        raise AssertionError(f"{len(axes)} axes for {len(shape)} dims")
+        raise ConfigError(
+            f"a parameter of shape {shape} got the logical axes {axes}: it has one for each dim. Write None for "
+            "a dim that is never split."
+        )
+    for axis in axes:
+        if axis is not None:
+            require_logical_axis(axis)
     return nnx.Param(init(rngs.params(), shape, fan_in), axes=axes)
 
 
@@ -68,11 +80,15 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     """A module as its definition (hashable, no arrays) and its parameters (nested dicts of arrays).
 
     Raises:
-        TypeError: the module holds state that is not a parameter.
+        ConfigError: the module holds state that is not a parameter.
     """
     definition, state, rest = nnx.split(module, nnx.Param, ...)
-    if jax.tree.leaves(rest):
-        raise TypeError(f"{type(module).__name__} holds variables that are not parameters: {rest}")
+    others = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(rest)]
+    if others:
+        raise ConfigError(
+            f"{type(module).__name__} holds state that is not a parameter: {', '.join(others)}. Make it a "
+            "`parameter`, keep constants as Python numbers, and return what changes from call to call."
+        )
     return definition, _named(nnx.to_pure_dict(state))
 
 
@@ -85,6 +101,9 @@ def parameter_infos(module: nnx.Module) -> dict[str, Any]:
     """The facts of each parameter, in a tree of the shape of `split(module)[1]`.
 
     The module may be abstract: made by `nnx.eval_shape`.
+
+    Raises:
+        ConfigError: a parameter has no logical axes.
     """
     graph = {path: node for path, node in nnx.iter_graph(module)}
     infos: dict[str, Any] = {}
@@ -92,19 +111,27 @@ def parameter_infos(module: nnx.Module) -> dict[str, Any]:
         ((p, n) for p, n in graph.items() if isinstance(n, nnx.Param)), key=lambda i: str(i[0])
     ):
         prefixes = (graph.get(path[:i]) for i in range(len(path)))
-        owners = [type(m).Config for m in prefixes if isinstance(m, Module)]
+        # A module that nobody configures is a part of the one that made it.
+        configs = [getattr(type(m), "Config", None) for m in prefixes if isinstance(m, Module)]
+        owners = [c for c in configs if c is not None]
         *above, name = (str(step) for step in path)
         at = infos
         for step in above:
             at = at.setdefault(step, {})
-        value = node.get_value()
+        value, dotted = node.get_value(), ".".join([*above, name])
+        axes = node.get_metadata().get("axes")
+        if axes is None:
+            raise ConfigError(
+                f"the parameter {dotted} has no logical axes, so no mesh knows how to split it. Make it with "
+                "pippin.core.module.parameter."
+            )
         at[name] = ParameterInfo(
-            path=".".join([*above, name]),
+            path=dotted,
             owners=tuple(c.TYPE for c in owners),
             provides=tuple(c.PROVIDES for c in owners),
             shape=tuple(value.shape),
             dtype=value.dtype,
-            axes=tuple(node.get_metadata()["axes"]),
+            axes=tuple(axes),
         )
     return infos
 

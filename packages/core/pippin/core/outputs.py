@@ -15,17 +15,20 @@ Source: the invocation context of AXLearn, arXiv:2507.05411, section 4.3.
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pippin.core.errors import PippinError
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Outputs:
-    """Float32 scalars by name. Losses of one name add up; metrics of one name are averaged."""
+    """Scalars by name, of float32 or wider. Losses of one name add up; metrics of one name are averaged."""
 
     losses: dict[str, Array] = dataclasses.field(default_factory=dict)
     sums: dict[str, Array] = dataclasses.field(default_factory=dict)  # metric -> sum of its reports
@@ -33,7 +36,7 @@ class Outputs:
 
     def total_loss(self) -> Array:
         """The sum of all losses; zero if there are none."""
-        return sum(self.losses.values(), start=jnp.zeros((), jnp.float32))
+        return functools.reduce(jnp.add, self.losses.values()) if self.losses else jnp.zeros((), jnp.float32)
 
     def means(self) -> dict[str, Array]:
         """Each metric's mean over its reports, and each loss."""
@@ -55,13 +58,21 @@ def collect() -> Iterator[Outputs]:
 
 
 def add_loss(name: str, value: Array) -> None:
-    """Adds a scalar, already weighted, to the training loss."""
-    _add("losses", name, value)
+    """Adds a scalar, already weighted, to the training loss.
+
+    Raises:
+        PippinError: the value is no scalar.
+    """
+    _add("losses", name, _scalar("add_loss", name, value))
 
 
 def add_metric(name: str, value: Array) -> None:
-    """Reports a scalar for the log."""
-    _add("sums", name, value)
+    """Reports a scalar for the log.
+
+    Raises:
+        PippinError: the value is no scalar.
+    """
+    _add("sums", name, _scalar("add_metric", name, value))
     _add("counts", name, jnp.ones((), jnp.float32))
 
 
@@ -75,6 +86,16 @@ def add_collected(inner: Outputs) -> None:
 def add_stacked(inner: Outputs) -> None:
     """Reports again what the runs of a `scan` or `vmap` collected and returned, stacked on axis 0."""
     add_collected(jax.tree.map(lambda values: values.sum(axis=0), inner))
+
+
+def _scalar(function: str, name: str, value: Array) -> Array:
+    if value.shape:
+        raise PippinError(
+            f"{function}({name!r}) got an array of shape {value.shape}: a report is one number. Reduce it first, "
+            "with jnp.mean or jnp.sum."
+        )
+    # Sums of many small numbers lose them all in bfloat16.
+    return value if value.dtype == jnp.float64 else value.astype(jnp.float32)
 
 
 def _add(kind: str, name: str, value: Array) -> None:
