@@ -23,7 +23,7 @@ from pippin.core.checkpoint_config import CheckpointerConfig
 from pippin.core.errors import CheckpointError
 
 COMPONENT = CheckpointerConfig()  # any config will do
-ROUNDS = 24
+ROUNDS = 16
 SHAPE = (64, 64)
 FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
 
