@@ -52,9 +52,12 @@ class Source:
 
     @property
     def is_shipped(self) -> bool:
-        """It is in the wheel: neither a test nor a helper of tests."""
-        helper = declared(self.path.parent).get(self.path.stem, {}).get("testonly", False)
-        return not (helper or self.path.stem.endswith("_test"))
+        """It is in the wheel: neither a test, nor a helper of tests, nor a script that a test runs."""
+        targets = declared(self.path.parent)
+        helper = targets.get(self.path.stem, {}).get("testonly", False)
+        return not (
+            helper or self.path.stem.endswith("_test") or self.path.name in listed(targets, "test_data")
+        )
 
     def uses(self, module: str) -> bool:
         return any(f"{name}.".startswith(f"{module}.") for name in self.imports)
@@ -87,6 +90,11 @@ def declared(folder: pathlib.Path) -> dict[str, dict]:
             literal = {k.arg: _literal(k.value) for k in call.keywords}
             calls[literal.get("name") or ast.unparse(call.func)] = literal
     return calls
+
+
+def listed(targets: dict[str, dict], *attributes: str) -> set[str]:
+    """All that the targets of a folder list under some of their attributes."""
+    return {name for target in targets.values() for a in attributes for name in target.get(a) or ()}
 
 
 def _literal(node: ast.expr) -> object:
@@ -173,7 +181,7 @@ def test_every_file_has_a_target():
     for source in sources():
         folder, stem = source.path.parent, source.path.stem
         targets = declared(folder)
-        together = {name for arguments in targets.values() for name in arguments.get("srcs") or ()}
+        together = listed(targets, "srcs", "test_data")
         if stem == "__init__":
             found = folder.parent.name == "pippin" or folder.name in targets_above(folder)
         else:
