@@ -23,6 +23,7 @@ and is named in the all_modules() of the folder above: all_modules(folders = ["m
 
 load("//bazel:python.bzl", "py_binary", "py_library", "py_test")
 
+# As native.existing_rules() names the kinds of rules.
 _MODULES = ["py_library", "_py_binary"]
 
 def _namespace(package):
@@ -106,22 +107,31 @@ def py_module(
             deps = [":" + name] + [d for d in deps if d not in test_deps] + test_deps,
         )
 
-def py_tests(name, srcs, **kwargs):
+def py_tests(name, srcs, deps = [], peers = [], **kwargs):
     """A test of several files: cheaper than one each, where they take long to import.
 
     Args:
         name: the target's name.
         srcs: the test files.
+        deps: what they import.
+        peers: targets of @peers: see py_test.
         **kwargs: see py_test.
     """
     root, _ = _namespace(native.package_name())
-    py_test(
-        name = name,
-        srcs = srcs,
-        imports = [root],
-        init = _init(native.package_name()),
-        **kwargs
-    )
+    init = _init(native.package_name())
+    py_test(name = name, srcs = srcs, imports = [root], init = init, peers = peers, deps = deps, **kwargs)
+    if peers:  # For all_tests: reading the sources must not fetch @peers.
+        py_library(
+            name = name + "_sources",
+            testonly = True,
+            srcs = srcs,
+            imports = [root],
+            init = init,
+            deps = deps + ["@pip//:hypothesis", "@pip//:pytest"],
+        )
+
+def _is_test(rule):
+    return rule["kind"] == "_py_test" and "peers" not in rule["tags"]
 
 # buildifier: disable=unnamed-macro
 def all_modules(folders = []):
@@ -136,7 +146,7 @@ def all_modules(folders = []):
     rules = native.existing_rules()
     found = {
         "all_modules": [n for n, r in rules.items() if r["kind"] in _MODULES and not r.get("testonly")],
-        "all_tests": [n for n, r in rules.items() if r["kind"] == "_py_test" or r.get("testonly")],
+        "all_tests": [n for n, r in rules.items() if _is_test(r) or r.get("testonly")],
     }
     for name, targets in found.items():
         py_library(
