@@ -24,13 +24,13 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def logsumexp(x: np.ndarray) -> np.ndarray:
+def logsumexp(x: np.ndarray) -> Any:  # of one dim less: a number where x has one
     top = x.max(axis=-1, keepdims=True)
     return np.log(np.exp(x - top).sum(axis=-1)) + top[..., 0]
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    return np.exp(x - logsumexp(x)[..., None])
+    return np.exp(x - np.expand_dims(logsumexp(x), -1))
 
 
 def linear(p: Params, x: np.ndarray) -> np.ndarray:
@@ -173,6 +173,6 @@ def causal_lm(
     return rms_norm(p["norm"], x) @ table.T
 
 
-def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> Any:
     """-log softmax(logits)[target] of [..., V]."""
     return logsumexp(logits) - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

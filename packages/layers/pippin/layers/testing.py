@@ -1,7 +1,7 @@
 """What the tests of layers share: modules with random float64 parameters, and gradient checks."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.test_util
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import Jaxpr
 
 from pippin.core.config import Config
 from pippin.core.module import Params, merge, split
@@ -77,3 +78,13 @@ def check_gradients(f: Callable[..., Any], *args: Any) -> None:
     """Raises unless the gradient of `f`, in float64, is that of finite differences."""
     # The error of central differences with a step of 1e-6 is about 1e-10; third derivatives add to it.
     jax.test_util.check_grads(f, args, order=1, modes=("rev",), atol=1e-6, rtol=1e-6, eps=1e-6)
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a jaxpr, those of inner jaxprs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if isinstance(inner, Jaxpr):
+                yield from equations(inner)
