@@ -127,8 +127,8 @@ def test_no_sum_of_the_gradient_is_in_an_open_order():
     gradient = jax.make_jaxpr(jax.grad(lambda p, x: jnp.sum(m.call(p, x))))(m.params, normal(2, 5, 6))
     scatters = [e for e in equations(gradient.jaxpr) if e.primitive.name == "scatter-add"]
     open_order = [e.invars[0].aval for e in scatters if not e.params["unique_indices"]]
-    # Beside the count of visits, the gradient of top_k: one value for each logit that it chose.
-    assert [(a.dtype.name, a.shape) for a in open_order] == [("int32", (_E,)), ("float64", (10, _E))]
+    # Beside the count of visits, in integers, the gradient of top_k: one value for each logit that it chose.
+    assert [a.shape for a in open_order if jnp.issubdtype(a.dtype, jnp.floating)] == [(10, _E)]
     assert len(scatters) > len(open_order)
 
 
