@@ -64,7 +64,7 @@ def from_proto(message: pb.Component) -> Config:
         if field.name not in hints:
             older = message.version < cls.VERSION
             raise ConfigError(
-                f"{message.type} has no field {field.name!r}{nearest(field.name, hints) or '.'} "
+                f"{message.type} has no field {field.name!r}{nearest(field.name, hints)}. "
                 + (f"Version {message.version} may have had it: remove" if older else "Rename or remove")
                 + " the field, or use the pippin that wrote it."
             )
@@ -120,7 +120,7 @@ def _member(where: str, text: str, hint: Any) -> Any:
             return e(text)
     values = [m.value for e in enums for m in e]
     raise ConfigError(
-        f"{where} got the enum_value {text!r}{nearest(text, values) or '.'} "
+        f"{where} got the enum_value {text!r}{nearest(text, values)}. "
         + (
             f"Its values are {', '.join(map(repr, values))}."
             if values

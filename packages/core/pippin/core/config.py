@@ -81,7 +81,8 @@ class Config(Node):
     ) -> None:
         super().__init_subclass__(**kwargs)
         _check_declaration(cls, implementation)
-        dataclasses.dataclass(frozen=True, kw_only=True, repr=False)(cls)
+        # Without __init__, whose place is taken below: it would let every value through.
+        dataclasses.dataclass(frozen=True, kw_only=True, init=False, repr=False)(cls)
         cls._implementation = implementation or None
         cls.VERSION = version
         if provides is not None:
@@ -89,28 +90,23 @@ class Config(Node):
         cls.TYPE = type_name(cls)
         register(cls)
 
-    def __new__(cls: type[_C], *args: Any, **kwargs: Any) -> _C:
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        cls = type(self)
         if args or cls is Config:
             raise ConfigError(
                 f"{cls.__name__} got {len(args)} values without a name. Write field=value for each."
                 if args
                 else "Config itself describes nothing. Make a config of a class that derives from it."
             )
-        for name in kwargs:
+        for name in fields:
             require_field(cls, name)
-        self = super().__new__(cls)
+        for name, hint in field_hints(cls).items():
+            value = fields[name] if name in fields else cls.__dataclass_fields__[name].default
+            object.__setattr__(self, name, check_value(f"{cls.__name__}.{name}", value, hint))
         # What the caller chose, as against defaults: `replace` must not overwrite it.
-        object.__setattr__(self, "_chosen", frozenset(kwargs))
+        object.__setattr__(self, "_chosen", frozenset(fields))
         # Survives `set`, so that an error can name the path of a template that its parent filled in.
         object.__setattr__(self, "_identity", object())
-        return self
-
-    def __post_init__(self) -> None:
-        for name, hint in field_hints(type(self)).items():
-            value = getattr(self, name)
-            fitted = check_value(f"{type(self).__name__}.{name}", value, hint)
-            if fitted is not value:
-                object.__setattr__(self, name, fitted)
         self.validate()
 
     def validate(self) -> None:
@@ -293,6 +289,6 @@ def require_field(cls: type[Config], name: str, prefix: str = "") -> None:
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if name not in names:
         raise ConfigError(
-            f"{cls.__name__} has no field {prefix + name!r}{nearest(name, names) or '.'} "
+            f"{cls.__name__} has no field {prefix + name!r}{nearest(name, names)}. "
             f"Its fields are {', '.join(names) or 'none'}."
         )

@@ -122,15 +122,19 @@ class _MisfitError(Exception):
 
 
 def _fitted(value: Any, hint: Any) -> Any:
-    slot_problem: _MisfitError | None = None
+    problem: _MisfitError | None = None
     for member in union_members(hint):
         try:
-            return _fitted_to_one(value, member)
+            fitted = _fitted_to_one(value, member)
         except _MisfitError as e:
-            # The problem of a slot or of a tuple's item says more than "which is not ...".
-            if slot_of(member) or isinstance(value, tuple):
-                slot_problem = e
-    raise slot_problem or _misfit(value, hint)
+            problem = e
+        else:
+            if fitted is not _OF_ANOTHER_TYPE:
+                return fitted
+    raise problem or _misfit(value, hint)
+
+
+_OF_ANOTHER_TYPE = object()
 
 
 def _fitted_to_one(value: Any, hint: Any) -> Any:
@@ -152,9 +156,8 @@ def _fitted_to_one(value: Any, hint: Any) -> Any:
         except UnicodeEncodeError:
             raise _MisfitError(f"{_shown(value)}, which is not valid Unicode. Give it text.") from None
     # Of bool, int and str the very type: a bool is no int here, and a member of an enumeration no str.
-    if type(value) is hint if hint in _SCALARS else isinstance(value, hint):
-        return value
-    raise _misfit(value, hint)
+    fits = type(value) is hint if hint in _SCALARS else isinstance(value, hint)
+    return value if fits else _OF_ANOTHER_TYPE
 
 
 def _fitted_tuple(value: Any, item_hint: Any) -> tuple[Any, ...]:
@@ -173,13 +176,13 @@ def _fitted_tuple(value: Any, item_hint: Any) -> tuple[Any, ...]:
     return tuple(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
 
 
-def _fitted_float(value: float) -> float:
-    if math.isnan(value):
-        raise _MisfitError("nan, which is no number. Give it a number.")
+def _fitted_float(value: Any) -> float:
     try:
         as_float = float(value)
     except OverflowError:
         as_float = math.inf
+    if math.isnan(as_float):
+        raise _MisfitError("nan, which is no number. Give it a number.")
     if as_float != value:
         raise _MisfitError(f"{_shown(value)}, which no float holds exactly. Write it as a float.")
     return as_float
@@ -208,8 +211,8 @@ def _misfit(value: Any, hint: Any) -> _MisfitError:
         if isinstance(value, str) and value in {member.value for member in e}:
             return _MisfitError(f"{value!r}, which is a str. Give it {e.__name__}.{e(value).name}.")
     allowed = describe(hint)
-    hints = (nearest(value, values) or ".") if isinstance(value, str) else "."
-    return _MisfitError(f"{_shown(value)}, which is not {allowed}{hints} Give it {allowed}.")
+    hint_at = nearest(value, values) if isinstance(value, str) else ""
+    return _MisfitError(f"{_shown(value)}, which is not {allowed}{hint_at}. Give it {allowed}.")
 
 
 def _shown(value: Any) -> str:

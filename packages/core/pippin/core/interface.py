@@ -26,7 +26,7 @@ def interface(name: str) -> pb.Interface:
     path = _files("interfaces").get(name)
     if path is None:
         raise ConfigError(
-            f"there is no interface {name!r}{nearest(name, interfaces()) or '.'} "
+            f"there is no interface {name!r}{nearest(name, interfaces())}. "
             f"Use one of {', '.join(interfaces())}, or describe a new one in {name}.textproto beside them."
         )
     return text_format.Parse(path.read_bytes(), pb.Interface())
@@ -46,7 +46,7 @@ def structure(name: str) -> pb.Structure:
     if name not in structures():
         known = list(structures())
         raise ConfigError(
-            f"there is no structure {name!r}{nearest(name, known) or '.'} Use one of {', '.join(known)}."
+            f"there is no structure {name!r}{nearest(name, known)}. Use one of {', '.join(known)}."
         )
     return structures()[name]
 

@@ -33,7 +33,7 @@ def require_logical_axis(name: str) -> None:
     """Raises `ShardingError` naming the nearest, unless there is such a logical axis."""
     if name not in LOGICAL_AXES:
         raise ShardingError(
-            f"unknown logical axis {name!r}{nearest(name, LOGICAL_AXES) or '.'} "
+            f"unknown logical axis {name!r}{nearest(name, LOGICAL_AXES)}. "
             f"Use one of {', '.join(LOGICAL_AXES)}, or None for a dim that is never split."
         )
 
@@ -50,7 +50,7 @@ class AxisRuleConfig(Config):
         for axis in self.mesh:
             if axis not in MESH_AXES:
                 raise ShardingError(
-                    f"unknown mesh axis {axis!r}{nearest(axis, MESH_AXES) or '.'} Use one of {', '.join(MESH_AXES)}."
+                    f"unknown mesh axis {axis!r}{nearest(axis, MESH_AXES)}. Use one of {', '.join(MESH_AXES)}."
                 )
 
 

@@ -88,6 +88,6 @@ def providers(interface: str) -> list[str]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the name that is most like `name`, or nothing."""
+    """` (did you mean 'x'?)` for the name that is most like `name`, or nothing."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -51,7 +51,7 @@ def test_a_general_freeze_with_an_exception_trains_the_exception():
 
 def test_a_rule_that_matches_nothing_is_refused_with_what_there_is():
     with pytest.raises(
-        ConfigError, match=r"rules.0 is for 'nrom'; did you mean 'norm'.*feed_forward.*toy.Linear"
+        ConfigError, match=r"rules.0 is for 'nrom' .did you mean 'norm'.*feed_forward.*toy.Linear"
     ):
         resolve(_learner(RuleConfig(component="nrom")), toy.infos())
 
