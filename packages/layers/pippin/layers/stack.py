@@ -176,9 +176,15 @@ class ParallelTracks(Module):
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
         run, params = _pure(self.track, Remat.NONE, in_loop=False)
-        out, outputs = jax.vmap(run, in_axes=(0, None, None, 0))(params, x, ctx, cache)
+
+        def track(params: Params, cache: Cache) -> tuple[Array, Cache, Outputs]:
+            # Not the LayerOutput itself: stacked arrays do not have the shapes that it declares.
+            out, outputs = run(params, x, ctx, cache)
+            return out.x, out.cache, outputs
+
+        results, cache, outputs = jax.vmap(track)(params, cache)
         add_stacked(outputs)
-        return LayerOutput(jnp.mean(out.x, axis=0), out.cache)
+        return LayerOutput(jnp.mean(results, axis=0), cache)
 
 
 Run = Callable[[Params, Array, Context, Cache], tuple[LayerOutput, Outputs]]
