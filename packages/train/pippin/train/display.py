@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import (
@@ -44,7 +43,7 @@ class Display:
             "", total=total_steps, completed=first_step, loss=float("nan"), rate=0.0
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Display:
         self._bar.start()
         return self
 

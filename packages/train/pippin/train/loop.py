@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from pippin.train.trainer import Trainer
 INPUT_STATE, SAMPLES = "input", "samples"  # what a checkpoint holds beside the training state
 
 
+@runtime_checkable
 class Input(Protocol):
     """What the loop needs of an input (interface "input")."""
 

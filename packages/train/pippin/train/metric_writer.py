@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
 
 from tensorboardX import SummaryWriter
 
@@ -25,7 +24,7 @@ class MetricWriter:
         self._lines = run.metrics.open("a")
         self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> MetricWriter:
         return self
 
     def __exit__(
