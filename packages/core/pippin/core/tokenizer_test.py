@@ -42,7 +42,7 @@ def _sentencepiece(add_dummy_prefix: bool = False, **ids: int) -> bytes:
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
-        **ids,
+        **ids,  # pyright: ignore[reportArgumentType]
     )
     return model.getvalue()
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from pippin.train.input.rejects import Defect, Rejects
 
 _BLOCK_BYTES = 16 * 1024  # of a file that is one unit, read a part at a time
+_PART_CHARACTERS = 1 << 18  # of a row: hundreds of parts are tokenised at a time
 _MAX_LINE_BYTES = 64 * 1024 * 1024
 _BOM = b"\xef\xbb\xbf"
 
@@ -177,13 +178,17 @@ def _row(
         rejects.reject(e.defect, file.path, number, e.detail)
     else:
         rejects.document(size)
-        yield Part(text)
+        for begin in range(0, len(text), _PART_CHARACTERS):
+            end = begin + _PART_CHARACTERS
+            yield Part(text[begin:end], starts=begin == 0, ends=end >= len(text))
 
 
 def _parse_json(line: bytes, field: str) -> str:
-    text = line.decode()
+    text = line.decode().strip()
     try:
         row = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise _RowError(Defect.BROKEN_JSON, f"{e.msg}, column {e.colno}") from None
     except (ValueError, RecursionError) as e:
         raise _RowError(Defect.BROKEN_JSON, str(e)) from None
     if not isinstance(row, dict):

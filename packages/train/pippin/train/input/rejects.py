@@ -48,7 +48,7 @@ class ReadReport:
     def text(self) -> str:
         """One line, and one more for each reject that is named."""
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.rejected.items())) or "none"
-        head = f"{self.documents} documents, {self.bytes / 1e6:.1f} MB; rejected: {counts}"
+        head = f"{self.documents} document{'' if self.documents == 1 else 's'}, {self.bytes / 1e6:.1f} MB; rejected: {counts}"
         more = sum(self.rejected.values()) - len(self.examples)
         return "\n".join(
             [head, *(f"  {e}" for e in self.examples), *([f"  and {more} more"] if more > 0 else [])]

@@ -9,7 +9,6 @@ Source: Roberts et al. 2022, arXiv:2203.17189, section 3 (seqio's tasks and mixt
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -66,9 +65,11 @@ class TokenizerVocabulary(seqio.Vocabulary):
         return self.tokenizer.decode(ids)
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        ids = tf.numpy_function(
-            lambda text: np.asarray(self.tokenizer.encode(text.decode()), np.int32), [s], tf.int32
-        )
+        def encode(text: Any) -> np.ndarray:
+            content = text if isinstance(text, bytes) else text.item()  # an array where there is no graph
+            return np.asarray(self.tokenizer.encode(content.decode()), np.int32)
+
+        ids = tf.numpy_function(encode, [s], tf.int32)
         ids.set_shape([None])
         return ids
 
@@ -145,13 +146,20 @@ def _dataset_fn(
     return dataset
 
 
-def pack(stores: Sequence[PlannedStore], tokenizer: Tokenizer, *, fatal: bool) -> None:
+def pack(
+    stores: Sequence[PlannedStore],
+    tokenizer: Tokenizer,
+    *,
+    fatal: bool,
+    begun: Callable[[], None] = lambda: None,
+) -> None:
     """Fills stores, shard after shard in turns, so that all soon have the first rows.
 
     Args:
         stores: none of them complete; no other process fills them.
         tokenizer: of all tasks.
         fatal: whether input that cannot be used is an error.
+        begun: called when each store has its first shard.
 
     Raises:
         DataError: such input, where it is fatal.
@@ -172,7 +180,7 @@ def pack(stores: Sequence[PlannedStore], tokenizer: Tokenizer, *, fatal: bool) -
         for store in stores
     ]
     shards = [shard for shard in shards if next(shard, _END) is not _END]
-    os.nice(10)  # training can start: from now on it goes first
+    begun()
     while shards:
         shards = [shard for shard in shards if next(shard, _END) is not _END]
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pippin.core.errors import DataError
 from pippin.train.input.cache import digest, write_atomic
@@ -22,6 +22,7 @@ _TEST_DIRS = {"test", "tests", "idle_test"}
 _FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 
 
+@runtime_checkable
 class TextSource(Protocol):
     """What provides the interface "text_source"."""
 

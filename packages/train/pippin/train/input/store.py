@@ -27,6 +27,7 @@ from pippin.train.input.rejects import ReadReport
 
 _SHARD_TOKENS = 1 << 20  # what must be packed before the first row can be read
 _INDEX = "index.json"
+_OPEN_SHARDS = 4096  # a process may have some 65,000 files mapped
 _POLL_S = 0.02
 
 
@@ -131,9 +132,12 @@ class StoreReader:
             yield self._shard(shard)
 
     def _shard(self, shard: int) -> np.ndarray:
-        if shard not in self._shards:
-            self._shards[shard] = self._map(shard)
-        return self._shards[shard]
+        rows = self._shards.get(shard)
+        if rows is None:
+            if len(self._shards) == _OPEN_SHARDS:
+                del self._shards[next(iter(self._shards))]
+            rows = self._shards[shard] = self._map(shard)
+        return rows
 
     def _map(self, shard: int) -> np.ndarray:
         path = _shard_path(self.directory, shard)

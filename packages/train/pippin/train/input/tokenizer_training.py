@@ -6,7 +6,7 @@ import dataclasses
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pippin.core.errors import DataError
 from pippin.core.tokenizer import load_tokenizer
@@ -15,6 +15,7 @@ from pippin.train.input.config import SentencePieceConfig, TokenizerFilesConfig
 _SENTENCE_BYTES = 4000  # the trainer leaves out longer ones
 
 
+@runtime_checkable
 class TokenizerSource(Protocol):
     """What provides the interface "tokenizer_source"."""
 

@@ -2,7 +2,7 @@
 
     python -m pippin.train.input.worker
 
-It takes one line of JSON on its standard input (see `Packing`), and dies when
+It takes one line of JSON on its standard input (see `PackingProcess`), and dies when
 that is closed, as happens however its parent dies. Where the user's text is at
 fault it ends with one line of JSON on its standard output, {"error": text}.
 
@@ -35,16 +35,21 @@ def main() -> int:
     """Does the job that standard input says; the exit status."""
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
     try:
         _run(job)
     except PippinError as e:
-        print(json.dumps({"error": str(e)}), flush=True)
+        answer.write(json.dumps({"error": str(e)}) + "\n")
+        answer.flush()
         return 1
     return 0
 
 
 def _die_with_parent() -> None:
-    sys.stdin.read()
+    # Not sys.stdin, whose lock this thread would still hold when the interpreter ends.
+    while os.read(0, 1):
+        pass
     os._exit(1)
 
 
@@ -65,8 +70,13 @@ def _run(job: dict[str, Any]) -> None:
         if stores:
             from pippin.train.input import seqio_pipeline
 
-            fatal = cfg.bad_input is BadInput.FATAL
-            seqio_pipeline.pack(stores, load_tokenizer(plan.tokenizer_dir), fatal=fatal)
+            tokenizer, fatal = load_tokenizer(plan.tokenizer_dir), cfg.bad_input is BadInput.FATAL
+            # Once training can start, it goes first.
+            seqio_pipeline.pack(stores, tokenizer, fatal=fatal, begun=_yield_processor)
+
+
+def _yield_processor() -> None:
+    os.nice(10)
 
 
 def _train_tokenizer(plan: Plan) -> None:
