@@ -1,5 +1,7 @@
 """Tests of the learner: skips, frozen parameters, averages, metrics, and what its state looks like."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,8 +30,13 @@ def _params(seed: int = 0, scale: float = 1.0):
     return jax.tree.map(jnp.asarray, toy.params(seed, scale))
 
 
+@functools.cache
+def _update(learner):
+    return jax.jit(learner.update)
+
+
 def _step(learner, params, state, seed=1, scale=1.0):
-    return jax.jit(learner.update)(params, _params(seed, scale), state)
+    return _update(learner)(params, _params(seed, scale), state)
 
 
 def _bits(tree):
@@ -40,12 +47,11 @@ def _bits(tree):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 100.0])
 def test_a_skipped_step_changes_no_bit_but_the_count_of_skips(optimizer, bad):
     learner = _learner(optimizer, ema_decay=0.9)
-    params = _params()
+    params, state, _ = _step(learner, _params(), learner.init(_params()))
     params["norm"]["scale"] = params["norm"]["scale"].at[0].set(-0.0)  # whose sum with 0 has other bits
-    params, state, _ = _step(learner, params, learner.init(params))
     grads = jax.tree.map(jnp.zeros_like, params)
     grads["norm"]["scale"] = grads["norm"]["scale"].at[0].set(bad)
-    kept, after, metrics = jax.jit(learner.update)(params, grads, state)
+    kept, after, metrics = _update(learner)(params, grads, state)
     assert _bits(kept) == _bits(params)
     assert _bits(after._replace(consecutive_skips=state.consecutive_skips)) == _bits(state)
     assert int(after.consecutive_skips) == 1
@@ -56,7 +62,7 @@ def test_a_norm_just_below_the_limit_is_clipped_and_used():
     learner = _learner()
     grads = jax.tree.map(jnp.zeros_like, _params())
     grads["norm"]["scale"] = grads["norm"]["scale"].at[0].set(99.9)
-    _, state, metrics = learner.update(_params(), grads, learner.init(_params()))
+    _, state, metrics = _update(learner)(_params(), grads, learner.init(_params()))
     assert float(metrics["skipped"]) == 0
     np.testing.assert_allclose(metrics["grad_norm"], 99.9, rtol=1e-6)
     assert int(state.step) == 1
@@ -105,9 +111,9 @@ def test_gradients_of_frozen_parameters_count_nowhere():
     rules = (RuleConfig(component="embedding", frozen=True),)
     learner = _learner(rules=rules)
     params, grads = _params(), _params(1)
-    part = learner.update(params, learner.trainable(grads), learner.init(params))
+    part = _update(learner)(params, learner.trainable(grads), learner.init(params))
     grads["embedding"]["weight"] = jnp.full_like(grads["embedding"]["weight"], jnp.nan)
-    assert _bits(learner.update(params, grads, learner.init(params))) == _bits(part)
+    assert _bits(_update(learner)(params, grads, learner.init(params))) == _bits(part)
 
 
 def test_averages_follow_their_formula():
@@ -187,7 +193,7 @@ def test_parameters_and_state_can_be_donated(optimizer, init):
 def test_bfloat16_parameters_keep_their_dtype_and_the_state_is_float32(optimizer):
     learner = _learner(optimizer, ema_decay=0.9)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _params())
-    new, state, _ = learner.update(params, params, learner.init(params))
+    new, state, _ = _update(learner)(params, params, learner.init(params))
     assert {x.dtype for x in jax.tree.leaves(new)} == {jnp.dtype(jnp.bfloat16)}
     assert {x.dtype for x in jax.tree.leaves(state) if x.ndim} == {jnp.dtype(jnp.float32)}
     assert {x.dtype for x in jax.tree.leaves(learner.ema(state, params))} == {jnp.dtype(jnp.bfloat16)}

@@ -3,11 +3,11 @@
 An optimizer (interface "optimizer") is built with the treatments of the
 trainable parameters and offers `init(params) -> state` and
 `update(grads, state, params, rate, schedule) -> (updates, state)`, all trees of
-the trainable parameters' structure; a state holds such trees and counts. `rate` is the peak learning rate and
-`schedule` the ratio of it that this update takes: what a decay is times differs.
+the trainable parameters' structure; a state holds such trees and counts. `rate`
+is the peak learning rate and `schedule` the ratio of it that this update takes:
+optimizers differ in which of them they multiply the decay by.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +81,7 @@ class AfmOptimizer:
 class BoundedRmsState(NamedTuple):
     """The state of `scale_by_bounded_rms`."""
 
-    count: Int[Array, ""]
+    step: Int[Array, ""]
     momentum: Params
     square: Params  # the moving average of the squared gradient, not corrected for its bias
 
@@ -104,19 +104,20 @@ def scale_by_bounded_rms(
         stacked: of each parameter, how many leading dims count its blocks.
     """
 
-    def init(params: Params) -> BoundedRmsState:
-        zeros = functools.partial(optax.tree.zeros_like, params)
-        return BoundedRmsState(count=jnp.zeros([], jnp.int32), momentum=zeros(), square=zeros())
-
-    def update(
-        grads: Params, state: BoundedRmsState, params: Params | None = None
-    ) -> tuple[Params, BoundedRmsState]:
-        del params
-        count = optax.safe_increment(state.count)
-        square = jax.tree.map(
-            lambda v, g: square_decay * v + (1 - square_decay) * (g * g + square_eps), state.square, grads
+    def init(params: Any) -> BoundedRmsState:
+        return BoundedRmsState(
+            step=jnp.zeros([], jnp.int32),
+            momentum=jax.tree.map(jnp.zeros_like, params),
+            square=jax.tree.map(jnp.zeros_like, params),
         )
-        seen = 1 - square_decay ** count.astype(jnp.float32)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, BoundedRmsState]:
+        del params
+        step = state.step + 1
+        square = jax.tree.map(
+            lambda v, g: square_decay * v + (1 - square_decay) * (g * g + square_eps), state.square, updates
+        )
+        seen = 1 - square_decay ** step.astype(jnp.float32)
 
         def bounded(grad: Array, v: Array, stacked: int) -> Array:
             scaled = grad / jnp.sqrt(v / seen)
@@ -124,10 +125,10 @@ def scale_by_bounded_rms(
             rms = jnp.sqrt(jnp.mean(scaled * scaled, axis=dims, keepdims=True))
             return scaled / jnp.maximum(1.0, rms / max_update_rms)
 
-        updates = jax.tree.map(bounded, grads, square, stacked)
+        updates = jax.tree.map(bounded, updates, square, stacked)
         momentum = jax.tree.map(
             lambda m, u: momentum_decay * m + (1 - momentum_decay) * u, state.momentum, updates
         )
-        return momentum, BoundedRmsState(count=count, momentum=momentum, square=square)
+        return momentum, BoundedRmsState(step=step, momentum=momentum, square=square)
 
     return optax.GradientTransformation(init, update)
