@@ -137,7 +137,8 @@ def _is_test(rule):
 def all_modules(folders = []):
     """The last line of a BUILD file: :all_modules and :all_tests, all that it declares.
 
-    The package's wheel holds the first, and its types_test reads both.
+    The package's wheel holds the first, and its types_test reads both. A test that builds
+    configs, which name their implementations by string, has the first in its `test_data`.
 
     Args:
         folders: folders in this one with BUILD files of their own, whose targets count here too.
@@ -152,7 +153,7 @@ def all_modules(folders = []):
         py_library(
             name = name,
             testonly = name == "all_tests",
-            visibility = ["//packages:__subpackages__", "//tests:__subpackages__"],
+            visibility = ["//packages/%s:users" % native.package_name().split("/")[1]],
             deps = targets + ["//%s/%s:%s" % (native.package_name(), f, name) for f in folders],
         )
 

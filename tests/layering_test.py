@@ -181,7 +181,7 @@ def test_every_file_has_a_target():
     for source in sources():
         folder, stem = source.path.parent, source.path.stem
         targets = declared(folder)
-        together = listed(targets, "srcs", "test_data")
+        together = listed(targets, "srcs", "data", "test_data")
         if stem == "__init__":
             found = folder.parent.name == "pippin" or folder.name in targets_above(folder)
         else:
