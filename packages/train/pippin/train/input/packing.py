@@ -14,11 +14,10 @@ under 1 %), takes id 0 for padding, which in Llama 3's vocabulary is a letter,
 and pads T documents to one array, 8 GB at 32,768 tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from jaxtyping import Int, Integer
 
 from pippin.core.batch import Batch
 
@@ -55,8 +54,8 @@ class Packer:
         self._open: list[_OpenRow] = []  # oldest first
 
     def add(
-        self, ids: Sequence[int] | np.ndarray, *, starts: bool = True, ends: bool = True
-    ) -> Iterator[np.ndarray]:
+        self, ids: Sequence[int] | Integer[np.ndarray, " n"], *, starts: bool = True, ends: bool = True
+    ) -> Iterator[Int[np.ndarray, "3 T"]]:
         """Takes a part of a document; yields the rows that are complete."""
         if starts:
             yield from self._end_document()
@@ -72,7 +71,7 @@ class Packer:
         if ends:
             yield from self._end_document()
 
-    def flush(self) -> Iterator[np.ndarray]:
+    def flush(self) -> Iterator[Int[np.ndarray, "3 T"]]:
         """Yields the rows that still have room, when no document follows."""
         yield from self._end_document()
         yield from (row.array for row in self._open)
@@ -111,7 +110,7 @@ class Packer:
         row.array[SEGMENTS, place] = row.documents
 
 
-def to_batch(rows: np.ndarray) -> Batch:
+def to_batch(rows: Integer[np.ndarray, "B 3 T"]) -> Batch:
     """The batch of packed rows [B, 3, T] of any integers."""
     segment_ids = rows[:, SEGMENTS].astype(np.int32)
     steps = np.arange(rows.shape[-1], dtype=np.int32)

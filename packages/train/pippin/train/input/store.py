@@ -10,8 +10,6 @@ to restore the exact sample in the middle of an epoch. Skipping through a stream
 of text would take as long as training did.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json
@@ -20,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Integer
 
 from pippin.core.errors import DataError
 from pippin.train.input.cache import write_atomic
@@ -58,7 +57,7 @@ class StoreWriter:
         self._shards = self._tokens = 0
         self.rows = 0
 
-    def add(self, row: np.ndarray, report: ReadReport) -> bool:
+    def add(self, row: Integer[np.ndarray, "3 T"], report: ReadReport) -> bool:
         """Takes a row [3, T]; whether it completed a shard, which can be read from now on."""
         self._buffer.append(row.astype(self._dtype))
         self.rows += 1
@@ -120,12 +119,12 @@ class StoreReader:
         index = self._wait_until(lambda index: index.complete or shard < index.shards)
         return max(0, min(index.shard_rows, index.rows - shard * index.shard_rows))
 
-    def row(self, number: int) -> np.ndarray:
+    def row(self, number: int) -> Integer[np.ndarray, "3 T"]:
         """Row `number` [3, T] of those that are there."""
         shard, place = divmod(number, self.shard_size())
         return self._shard(shard)[place]
 
-    def shards(self, most: int) -> Iterator[np.ndarray]:
+    def shards(self, most: int) -> Iterator[Integer[np.ndarray, "rows 3 T"]]:
         """The rows of each of the first shards [rows, 3, T] that are there by now."""
         index = self.peek()
         for shard in range(min(most, index.shards if index else 0)):
