@@ -18,7 +18,10 @@ FOLDERS = {
     "pippin-serve": "packages/serve",
     "pippin-export": "packages/export",
 }
-SCRIPTS = {"pippin-train": ("pippin-train", "packages/train/pippin/train/launch")}
+SCRIPTS = {
+    "pippin-layers": ("pippin-convert", "packages/layers/pippin/layers/convert"),
+    "pippin-train": ("pippin-train", "packages/train/pippin/train/launch"),
+}
 
 IMPORT_ALL = """
 import importlib, sys

@@ -43,7 +43,7 @@ class Display:
             "", total=total_steps, completed=first_step, loss=float("nan"), rate=0.0
         )
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> Display:  # noqa: PYI034  the checks of annotations in tests refuse Self
         self._bar.start()
         return self
 

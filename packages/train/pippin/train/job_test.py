@@ -36,7 +36,9 @@ print("fingerprint", summary.fingerprint)
 
 def start(out: Path, seconds_a_batch: float = 0.25) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", _PROGRAM, str(out), str(seconds_a_batch)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
+    )
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
@@ -69,7 +71,9 @@ def test_the_metrics_have_a_line_for_each_logged_step_and_evaluation(
     lines = uninterrupted[1].read_metrics()
     assert [m["step"] for m in lines if m["kind"] == "train"] == [2, 4, 6, 8, 10, 12]
     assert [m["step"] for m in lines if m["kind"] == "held_out"] == [0, 6, 12]
-    assert {"loss", "cross_entropy", "grad_norm", "learning_rate", "tokens_per_s"} <= lines[-1].keys() | lines[-2].keys()
+    assert {"loss", "cross_entropy", "grad_norm", "learning_rate", "tokens_per_s"} <= lines[
+        -1
+    ].keys() | lines[-2].keys()
 
 
 def test_the_ledger_adds_up_to_the_wall_time(uninterrupted: tuple[Summary, RunDirectory]) -> None:
@@ -122,7 +126,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
 ) -> None:
     cfg, out = toy_config(steps=8), tmp_path / "run"
     whole = run_job(cfg, out, "toy")
-    weights = max((out / "checkpoints" / "8" / "arrays").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    weights = max(
+        (out / "checkpoints" / "8" / "arrays").rglob("*"), key=lambda p: p.stat().st_size * p.is_file()
+    )
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
@@ -142,7 +148,8 @@ def test_a_run_starts_from_the_parameters_of_another(tmp_path: Path) -> None:
 def test_a_start_from_a_model_of_other_sizes_is_refused(tmp_path: Path) -> None:
     run_job(toy_config(steps=1), tmp_path / "first", "toy")
     cfg = override(
-        toy_config(steps=1), {"init_from": str(tmp_path / "first"), "model.decoder.layer.feed_forward.hidden_dim": 64}
+        toy_config(steps=1),
+        {"init_from": str(tmp_path / "first"), "model.decoder.layer.feed_forward.hidden_dim": 64},
     )
     with pytest.raises(ConfigError, match=r"another model: 3 parameters differ, such as .*feed_forward"):
         run_job(cfg, tmp_path / "second", "toy")

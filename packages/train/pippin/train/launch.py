@@ -18,6 +18,7 @@ _STARTED = time.monotonic()
 from pippin.core import config_tree
 from pippin.core.component import to_text
 from pippin.core.errors import ConfigError, PippinError
+from pippin.layers import configs as _layers  # noqa: F401  so that --set knows every layer by its name
 from pippin.train import recipe as recipes
 from pippin.train.errors import Preempted
 from pippin.train.trainer_config import TrainerConfig

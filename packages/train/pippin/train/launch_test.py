@@ -24,7 +24,9 @@ def test_questions_are_answered_without_heavy_imports(arguments: list[str]) -> N
         f"loaded = [m for m in {_HEAVY} if m in sys.modules]\n"
         "sys.exit(f'imported {loaded}' if loaded else code)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -48,7 +50,9 @@ def test_print_proto_is_the_config(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_component_is_swapped_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     swap = "model.decoder.layer.feed_forward=MoE"
-    _, out, _ = run(capsys, "--print-config", "--set", swap, "--set", "model.decoder.layer.feed_forward.num_experts=4")
+    _, out, _ = run(
+        capsys, "--print-config", "--set", swap, "--set", "model.decoder.layer.feed_forward.num_experts=4"
+    )
     assert "feed_forward: pippin.layers.MoE" in out and "num_experts: 4" in out
     assert "hidden_dim: 512" in out  # kept from the feed-forward that was there
 
@@ -65,7 +69,10 @@ def test_data_replaces_the_text(capsys: pytest.CaptureFixture[str]) -> None:
         (["--set", "model.dimm=3"], "did you mean 'dim'"),
         (["--set", "steps"], "Write PATH=VALUE"),
         (["--set", "model.decoder.layer.feed_forward=Mixture"], "no component type 'Mixture'"),
-        (["--set", "model.decoder.layer.feed_forward=RMSNorm"], "takes a component that provides 'feed_forward'"),
+        (
+            ["--set", "model.decoder.layer.feed_forward=RMSNorm"],
+            "takes a component that provides 'feed_forward'",
+        ),
         (["--steps", "0"], r"steps \(0\) must be at least 1"),
         (["--recipe-file", "absent.py"], "is no file"),
         (["--resume", "--out", "absent"], "holds no run"),

@@ -24,7 +24,7 @@ class MetricWriter:
         self._lines = run.metrics.open("a")
         self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step)
 
-    def __enter__(self) -> MetricWriter:
+    def __enter__(self) -> MetricWriter:  # noqa: PYI034  as Display
         return self
 
     def __exit__(

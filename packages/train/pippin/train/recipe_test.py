@@ -45,13 +45,13 @@ def test_a_file_without_recipes_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_recipe_without_a_docstring_or_with_a_taken_name_is_refused() -> None:
-    def undocumented():  # noqa: ANN201
+    def undocumented():
         return None
 
     with pytest.raises(ConfigError, match="has no docstring"):
         recipes.recipe(undocumented)
 
-    def stdlib_tiny():  # noqa: ANN201
+    def stdlib_tiny():
         """Not the real one."""
 
     recipes.all_recipes()

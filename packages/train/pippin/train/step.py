@@ -32,11 +32,11 @@ def make_step(definition: Any, learner: Learner, microbatches: int) -> Step:
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def loss(params: Params, rows: Batch) -> tuple[Float[Array, ""], Metrics]:
-            return merge(definition, params).loss(rows)
+        def loss(trainable: Params, rows: Batch) -> tuple[Float[Array, ""], Metrics]:
+            return merge(definition, learner.join(state.params, trainable)).loss(rows)
 
         def loss_and_grad(rows: Any) -> Any:
-            return jax.value_and_grad(loss, has_aux=True)(state.params, rows)
+            return jax.value_and_grad(loss, has_aux=True)(learner.trainable(state.params), rows)
 
         (value, metrics), grads = accumulate(loss_and_grad, batch, microbatches)
         params, learner_state, learner_metrics = learner.update(state.params, grads, state.learner)

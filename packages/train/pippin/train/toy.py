@@ -79,7 +79,9 @@ def toy_config(steps: int = 12, **input_fields: Any) -> TrainerConfig:
             vocab_size=24, dim=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, hidden_dim=32
         ),
         input=CountingInput.Config(**input_fields),
-        learner=LearnerConfig(learning_rate=0.01, schedule=CosineScheduleConfig(warmup_steps=2), ema_decay=0.9),
+        learner=LearnerConfig(
+            learning_rate=0.01, schedule=CosineScheduleConfig(warmup_steps=2), ema_decay=0.9
+        ),
         evaluators=(PerplexityConfig(every_steps=6, max_batches=2),),
         checkpointer=CheckpointerConfig(every_steps=4, keep_last=2),
         steps=steps,

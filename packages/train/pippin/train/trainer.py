@@ -11,11 +11,11 @@ import numpy as np
 from flax import nnx
 
 from pippin.core.batch import Batch
-from pippin.core.bundle import open_model
 from pippin.core.errors import ConfigError
 from pippin.core.module import Params, flatten_params, parameter_infos, split, unflatten_params
 from pippin.core.sharding import use_mesh
 from pippin.core.tokenizer import tokenizer_digest
+from pippin.layers.model_files import open_model
 from pippin.train.step import Metrics, TrainState, make_step
 from pippin.train.trainer_config import TrainerConfig
 
@@ -75,7 +75,7 @@ class Trainer:
 
     def _first_params(self, tokenizer: Path) -> Params:
         """The parameters of `init_from`, as NumPy arrays."""
-        source = open_model(Path(self.cfg.init_from or ""))
+        source = open_model(self.cfg.init_from or "")
         if source.tokenizer and tokenizer_digest(source.tokenizer) != tokenizer_digest(tokenizer):
             raise ConfigError(
                 f"init_from {source.directory} was trained with another tokenizer, so its ids mean other text. "

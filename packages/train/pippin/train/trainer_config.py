@@ -35,7 +35,7 @@ class TrainerConfig(Config, implementation="pippin.train.trainer:Trainer", provi
     checkpointer: Annotated[Config, Slot("checkpointer")] = CheckpointerConfig()
     mesh: MeshConfig = MeshConfig()
     steps: Required[int] = REQUIRED
-    # A run, a checkpoint's step or a bundle whose parameters are the first ones of this run; None: random ones.
+    # A run, one of its steps, a bundle or a Hugging Face folder whose parameters are the first ones of this run; None: random ones.
     init_from: str | None = None
     seed: int = 0  # of the first parameters; the input has its own
     log_every_steps: int = 10

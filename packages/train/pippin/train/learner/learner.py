@@ -108,11 +108,11 @@ class Learner:
             "skipped": skip.astype(jnp.float32),
             "consecutive_skips": skips.astype(jnp.float32),
         }
-        return self._join(params, new), made, metrics
+        return self.join(params, new), made, metrics
 
     def ema(self, state: LearnerState, params: Params) -> Params | None:
         """The averaged parameters, frozen ones taken from `params`; None where the learner averages none."""
-        return self._join(params, state.ema) if state.ema else None
+        return self.join(params, state.ema) if state.ema else None
 
     def map_state(
         self,
@@ -152,7 +152,7 @@ class Learner:
         decay = self._cfg.ema_decay
         return {} if decay is None else jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, new)
 
-    def _join(self, params: Params, trainable: Params) -> Params:
+    def join(self, params: Params, trainable: Params) -> Params:
         """`params` with the trainable ones replaced, in the dtypes of `params`."""
         flat, changed = flatten_params(params), flatten_params(trainable)
         return unflatten_params(

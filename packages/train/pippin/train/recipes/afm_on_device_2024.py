@@ -26,17 +26,23 @@ from pippin.train.trainer_config import PerplexityConfig, TrainerConfig
 
 # The base of RoPE that lengthens the context to 32,768 tokens.
 LONG_CONTEXT_THETA = 6_315_089.0
+# The width of the miniature, where muP changes nothing: 768 would raise the rate of so narrow a model.
+_TINY_DIM = 96
 
 
-def learner(
-    learning_rate: float, warmup_steps: int, final_ratio: float, weight_decay: float = 3.16e-4
+def _learner(
+    learning_rate: float,
+    warmup_steps: int,
+    final_ratio: float,
+    weight_decay: float = 3.16e-4,
+    base_dim: int = 768,
 ) -> LearnerConfig:
     """The optimizer of AFM: clip at 1, skip at 100, simple muP from a width of 768."""
     return LearnerConfig(
         learning_rate=learning_rate,
         optimizer=AfmOptimizerConfig(weight_decay=weight_decay),
         schedule=CosineScheduleConfig(warmup_steps=warmup_steps, final_ratio=final_ratio),
-        mup=MuPConfig(base_dim=768),
+        mup=MuPConfig(base_dim=base_dim),
         clip_norm=1.0,
         skip_norm=100.0,
     )
@@ -68,7 +74,7 @@ def afm_on_device_2024_core() -> TrainerConfig:
     return TrainerConfig(
         model=_model(),
         input=_input(batch_size=2048, sequence_length=4096),
-        learner=learner(0.01, warmup_steps=5000, final_ratio=0.005),
+        learner=_learner(0.01, warmup_steps=5000, final_ratio=0.005),
         checkpointer=CheckpointerConfig(every_steps=5000),
         evaluators=(PerplexityConfig(every_steps=5000, max_batches=64),),
         steps=750_000,
@@ -85,7 +91,7 @@ def afm_on_device_2024_continued() -> TrainerConfig:
     """
     return afm_on_device_2024_core().set(
         input=_input(batch_size=1024, sequence_length=8192),
-        learner=learner(3e-4, warmup_steps=1000, final_ratio=0.001, weight_decay=1e-5),
+        learner=_learner(3e-4, warmup_steps=1000, final_ratio=0.001, weight_decay=1e-5),
         steps=119_000,
         init_from="runs/afm_on_device_2024_core",
     )
@@ -121,10 +127,16 @@ def afm_on_device_2024_tiny_core() -> TrainerConfig:
     """
     return TrainerConfig(
         model=afm_on_device_2024(
-            vocab_size=2048, dim=96, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=32, hidden_dim=256
+            vocab_size=2048,
+            dim=_TINY_DIM,
+            num_layers=2,
+            num_heads=3,
+            num_kv_heads=1,
+            head_dim=32,
+            hidden_dim=256,
         ),
         input=_tiny_input(batch_size=16, sequence_length=64),
-        learner=learner(0.01, warmup_steps=20, final_ratio=0.005),
+        learner=_learner(0.01, warmup_steps=20, final_ratio=0.005, base_dim=_TINY_DIM),
         evaluators=(PerplexityConfig(every_steps=100, max_batches=4),),
         checkpointer=CheckpointerConfig(every_steps=100),
         steps=200,
@@ -146,7 +158,7 @@ def afm_on_device_2024_tiny_continued() -> TrainerConfig:
     """
     return afm_on_device_2024_tiny_core().set(
         input=_tiny_input(batch_size=8, sequence_length=128),
-        learner=learner(3e-4, warmup_steps=10, final_ratio=0.001, weight_decay=1e-5),
+        learner=_learner(3e-4, warmup_steps=10, final_ratio=0.001, weight_decay=1e-5, base_dim=_TINY_DIM),
         steps=100,
         init_from="runs/afm_on_device_2024_tiny_core",
     )
