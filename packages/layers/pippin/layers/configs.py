@@ -1,0 +1,70 @@
+"""All configs of this package in one place, without JAX.
+
+from pippin.layers import configs as L
+
+moe = replace(model, L.FeedForwardConfig, L.MoEConfig(num_experts=8))
+"""
+
+from pippin.layers.attention_config import (
+    GroupedQueryAttentionConfig,
+    QKNormOrder,
+    SharedKVAttentionConfig,
+)
+from pippin.layers.cache_config import FullCacheConfig, SlidingWindowCacheConfig
+from pippin.layers.causal_lm_config import CausalLMConfig, FloatType
+from pippin.layers.feed_forward_config import Activation, FeedForwardConfig
+from pippin.layers.kernel_config import BlockwiseKernelConfig, ReferenceKernelConfig
+from pippin.layers.linear_config import (
+    EmbeddingConfig,
+    FanInInitConfig,
+    GroupedLinearConfig,
+    LinearConfig,
+    LoRALinearConfig,
+    NormalInitConfig,
+    lora,
+)
+from pippin.layers.moe_config import MoEConfig, TopKRouterConfig
+from pippin.layers.norm_config import RMSNormConfig
+from pippin.layers.position_config import ALiBiConfig, Llama3ScalingConfig, NoPEConfig, RoPEConfig
+from pippin.layers.stack_config import (
+    ParallelTracksConfig,
+    Remat,
+    RepeatConfig,
+    SequenceConfig,
+    SharedKVStackConfig,
+    TransformerLayerConfig,
+)
+
+__all__ = [
+    "ALiBiConfig",
+    "Activation",
+    "BlockwiseKernelConfig",
+    "CausalLMConfig",
+    "EmbeddingConfig",
+    "FanInInitConfig",
+    "FeedForwardConfig",
+    "FloatType",
+    "FullCacheConfig",
+    "GroupedLinearConfig",
+    "GroupedQueryAttentionConfig",
+    "LinearConfig",
+    "Llama3ScalingConfig",
+    "LoRALinearConfig",
+    "MoEConfig",
+    "NoPEConfig",
+    "NormalInitConfig",
+    "ParallelTracksConfig",
+    "QKNormOrder",
+    "RMSNormConfig",
+    "ReferenceKernelConfig",
+    "Remat",
+    "RepeatConfig",
+    "RoPEConfig",
+    "SequenceConfig",
+    "SharedKVAttentionConfig",
+    "SharedKVStackConfig",
+    "SlidingWindowCacheConfig",
+    "TopKRouterConfig",
+    "TransformerLayerConfig",
+    "lora",
+]
