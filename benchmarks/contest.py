@@ -30,7 +30,12 @@ class Contender:
     def __init__(self, name: str, command: Sequence[str], env: dict[str, str] | None = None):
         self.name = name
         self._process = subprocess.Popen(
-            list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
         )
         self.result = Result(name, self._answer())
 

@@ -33,7 +33,10 @@ def start(shape: Shape):
     model = cfg.build(rngs=nnx.Rngs(0))
     definition, params = split(model)
     learner_cfg = LearnerConfig(
-        learning_rate=1e-3, optimizer=AdamWConfig(weight_decay=0.01), schedule=ConstantScheduleConfig(), clip_norm=1.0
+        learning_rate=1e-3,
+        optimizer=AdamWConfig(weight_decay=0.01),
+        schedule=ConstantScheduleConfig(),
+        clip_norm=1.0,
     )
     learner = learner_cfg.build(infos=parameter_infos(model))
     state = TrainState(jnp.zeros([], jnp.int32), params, learner.init(params))

@@ -23,7 +23,11 @@ def serve(start):
     began = time.monotonic()
     train, facts = start()
     first_loss = train(1)
-    print(json.dumps({**facts, "first_step_s": time.monotonic() - began, "first_loss": first_loss}), file=out, flush=True)
+    print(
+        json.dumps({**facts, "first_step_s": time.monotonic() - began, "first_loss": first_loss}),
+        file=out,
+        flush=True,
+    )
     for line in sys.stdin:
         began = time.monotonic()
         loss = train(int(line))

@@ -30,5 +30,11 @@ SHAPES = {
 def depth_shape(num_layers: int) -> Shape:
     """A small model of any depth, to time compilation."""
     return Shape(
-        num_layers=num_layers, dim=64, num_heads=2, hidden_dim=128, vocab_size=512, batch_size=2, sequence_length=64
+        num_layers=num_layers,
+        dim=64,
+        num_heads=2,
+        hidden_dim=128,
+        vocab_size=512,
+        batch_size=2,
+        sequence_length=64,
     )

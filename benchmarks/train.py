@@ -27,7 +27,9 @@ _DEPTHS = (2, 4, 8, 16, 32, 64)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="how long a contender's turn lasts, about")
@@ -120,7 +122,8 @@ def _page(text: str, results: dict[str, list[Result]], compile_s: dict[int, floa
     names = [r.name for r in next(iter(results.values()), [])]
     for i, name in enumerate(names):
         ratios = [
-            statistics.median(shape[i].ratios_to(shape[names.index("torch.compile")])) for shape in results.values()
+            statistics.median(shape[i].ratios_to(shape[names.index("torch.compile")]))
+            for shape in results.values()
         ]
         left.bar([x + 0.25 * i for x in range(len(results))], ratios, width=0.24, label=name)
     left.axhline(1.2, color="gray", linestyle=":", label="goal: 1.2")

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 sys.path.insert(0, sys.argv[1])
-import protocol  # noqa: E402
+import protocol
 
 
 def start(shape, mode):
@@ -27,7 +27,9 @@ def start(shape, mode):
         use_cache=False,
     )
     model = transformers.LlamaForCausalLM(config).float().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     forward = torch.compile(model) if mode == "compile" else model
     tokens = torch.randint(0, shape["vocab_size"], (shape["batch_size"], shape["sequence_length"]))
 
