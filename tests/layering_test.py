@@ -55,9 +55,8 @@ class Source:
         """It is in the wheel: neither a test, nor a helper of tests, nor a script that a test runs."""
         targets = declared(self.path.parent)
         helper = targets.get(self.path.stem, {}).get("testonly", False)
-        return not (
-            helper or self.path.stem.endswith("_test") or self.path.name in listed(targets, "test_data")
-        )
+        script = self.path.name in listed(targets, "data", "test_data")
+        return not (helper or script or self.path.stem.endswith("_test"))
 
     def uses(self, module: str) -> bool:
         return any(f"{name}.".startswith(f"{module}.") for name in self.imports)
