@@ -20,11 +20,15 @@ from pippin.core.errors import PippinError
 from pippin.core.tokenizer import Tokenizer
 from pippin.train.input.packing import Packer
 from pippin.train.input.plan import PlannedStore, PlannedTask
-from pippin.train.input.reading import Split
+from pippin.train.input.reading import Part, Split
 from pippin.train.input.rejects import Rejects
 from pippin.train.input.store import StoreWriter
 
 _END = object()
+_GROUP, _GROUP_CHARACTERS = (
+    64,
+    1 << 16,
+)  # TensorFlow takes longer to call Python than Python to tokenise a text
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
@@ -64,14 +68,19 @@ class TokenizerVocabulary(seqio.Vocabulary):
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids)
 
-    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        def encode(text: Any) -> np.ndarray:
-            content = text if isinstance(text, bytes) else text.item()  # an array where there is no graph
-            return np.asarray(self.tokenizer.encode(content.decode()), np.int32)
+    def _encode_tf(self, s: tf.Tensor) -> tf.RaggedTensor:
+        """The ids of each of several texts [n]: one call of Python for all, as each call takes long."""
 
-        ids = tf.numpy_function(encode, [s], tf.int32)
+        def encode(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            ids = [self.tokenizer.encode(text.decode()) for text in texts]
+            return np.asarray([i for of_one in ids for i in of_one], np.int32), np.asarray(
+                [*map(len, ids)], np.int64
+            )
+
+        ids, lengths = tf.numpy_function(encode, [s], [tf.int32, tf.int64])
         ids.set_shape([None])
-        return ids
+        lengths.set_shape([None])
+        return tf.RaggedTensor.from_row_lengths(ids, lengths)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
         return tf.numpy_function(lambda ids: self.tokenizer.decode(ids.tolist()).encode(), [ids], tf.string)
@@ -92,8 +101,8 @@ def register(
         rejects: (task, split) -> who is told of what cannot be used.
 
     Returns:
-        The mixture `pippin_mixture` of tasks `pippin_<name>`. Their examples are parts of
-        documents: "targets" [n] int32, and "starts" and "ends" bool.
+        The mixture `pippin_mixture` of tasks `pippin_<name>`. Their examples are several parts of
+        documents: "targets" [parts, ids] int32, ragged, and "starts" and "ends" [parts] bool.
     """
     vocabulary = TokenizerVocabulary(tokenizer)
     rates = []
@@ -107,13 +116,8 @@ def register(
             source=seqio.FunctionDataSource(  # pyright: ignore[reportArgumentType]
                 _dataset_fn(task, sides, rejects), splits=list(sides)
             ),
-            preprocessors=[
-                functools.partial(
-                    seqio.preprocessors.rekey, key_map={"targets": "text", "starts": "starts", "ends": "ends"}
-                ),
-                functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
-            ],
-            output_features={"targets": seqio.Feature(vocabulary, add_eos=False)},
+            preprocessors=[functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False)],
+            output_features={"targets": seqio.Feature(vocabulary, add_eos=False, rank=2)},
         )
         rates.append((name, task.rate))
     if "pippin_mixture" in seqio.MixtureRegistry.names():
@@ -125,25 +129,39 @@ def _dataset_fn(
     task: PlannedTask, splits: dict[str, Split], rejects: dict[tuple[str, str], Rejects]
 ) -> Callable[..., tf.data.Dataset]:
     def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        del (
-            shuffle_files,
-            seed,
-        )  # files come in the order of their hashes; rows are shuffled when they are read
+        # Files come in the order of their hashes, and rows are shuffled when they are read.
+        del shuffle_files, seed
 
-        def parts() -> Iterator[dict[str, Any]]:
+        def groups() -> Iterator[dict[str, list[Any]]]:
             told = rejects[task.name, split]
             try:
-                for part in task.source.parts(task.files, splits[split], told):
-                    yield part._asdict()
+                for group in _groups(task.source.parts(task.files, splits[split], told)):
+                    yield {
+                        "targets": [part.text for part in group],
+                        "starts": [part.starts for part in group],
+                        "ends": [part.ends for part in group],
+                    }
             except PippinError as e:
                 told.failure = e  # TensorFlow would turn it into an error of its own
 
-        flag = tf.TensorSpec((), tf.bool)
-        return tf.data.Dataset.from_generator(
-            parts, output_signature={"text": tf.TensorSpec((), tf.string), "starts": flag, "ends": flag}
-        )
+        flags = tf.TensorSpec((None,), tf.bool)
+        signature = {"targets": tf.TensorSpec((None,), tf.string), "starts": flags, "ends": flags}
+        return tf.data.Dataset.from_generator(groups, output_signature=signature)
 
     return dataset
+
+
+def _groups(parts: Iterator[Part]) -> Iterator[list[Part]]:
+    """Consecutive parts together, up to so many or so long."""
+    group, size = list[Part](), 0
+    for part in parts:
+        group.append(part)
+        size += len(part.text)
+        if len(group) == _GROUP or size >= _GROUP_CHARACTERS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def pack(
@@ -203,9 +221,10 @@ def _pack_store(
 
 
 def _packed(packer: Packer, task: seqio.Task, split: Split, rejects: Rejects) -> Iterator[np.ndarray]:
-    dataset = task.get_dataset(None, split.name, shuffle=False)
+    dataset = task.get_dataset(None, split.name, shuffle=False, trim_output_features=False)
     for example in dataset.as_numpy_iterator():
-        yield from packer.add(example["targets"], starts=bool(example["starts"]), ends=bool(example["ends"]))
+        for ids, starts, ends in zip(example["targets"], example["starts"], example["ends"], strict=True):
+            yield from packer.add(ids, starts=bool(starts), ends=bool(ends))
     if rejects.failure:
         raise rejects.failure
     yield from packer.flush()
