@@ -162,8 +162,9 @@ class MeshConfig(Config):
                 "Write None for a dim that is never split."
             )
         spec = self.spec(axes)
-        for axis, size, split in zip(axes, shape, spec, strict=True):
-            ways = math.prod(mesh.shape[a] for a in split or ())
+        for axis, size, part in zip(axes, shape, spec, strict=True):
+            split = (part,) if isinstance(part, str) else part or ()  # a PartitionSpec writes one name alone
+            ways = math.prod(mesh.shape[a] for a in split)
             if size % ways:
                 raise ShardingError(
                     f"a dim of {size} on the logical axis {axis!r} cannot be split {ways} ways, over the mesh axes "

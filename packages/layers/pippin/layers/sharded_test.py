@@ -1,0 +1,95 @@
+"""Models on a mesh of four devices compute what they compute on one, and split what they should.
+
+The test's target sets XLA_FLAGS=--xla_force_host_platform_device_count=4.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pippin.core.config_tree import replace
+from pippin.core.module import merge, parameter_infos
+from pippin.core.sharding import MeshConfig, use_mesh
+from pippin.layers import configs
+from pippin.layers.testing import assert_close, parts, positions
+
+pytestmark = pytest.mark.skipif(
+    jax.device_count() < 4, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=4"
+)
+
+_V, _B, _T = 24, 4, 8
+_LAYER = configs.TransformerLayerConfig(
+    attention=configs.GroupedQueryAttentionConfig(
+        num_heads=4, num_kv_heads=2, head_dim=4, qk_norm=configs.RMSNormConfig()
+    ),
+    feed_forward=configs.FeedForwardConfig(hidden_dim=12),
+)
+_LM = configs.CausalLMConfig(
+    vocab_size=_V,
+    dim=8,
+    decoder=configs.RepeatConfig(layer=_LAYER, num_layers=2),
+    loss_chunk_tokens=8,
+)
+_MOE = replace(_LM, configs.FeedForwardConfig, configs.MoEConfig(num_experts=4))
+
+_TOKENS = np.random.default_rng(0).integers(0, _V, (_B, _T)).astype(np.int32)
+_BATCH = {
+    "tokens": _TOKENS,
+    "targets": np.roll(_TOKENS, -1, axis=1),
+    "positions": positions(_B, _T),
+    "segment_ids": np.ones((_B, _T), np.int32),
+    "loss_weights": np.ones((_B, _T), np.float32),
+}
+
+MESHES = {
+    "data": MeshConfig(),
+    "fsdp and tensor": MeshConfig(data=1, fsdp=2, tensor=2),
+    "sequence": MeshConfig(data=2, sequence=2),
+    "expert": MeshConfig(data=1, expert=4),
+}
+
+
+def _lowered(cfg: configs.CausalLMConfig, mesh_config: MeshConfig) -> tuple[Any, Any, Any]:
+    """A compiled step on the mesh, and the parameters and the batch on it."""
+    m = parts(cfg, dtype=jnp.float32)
+    mesh = mesh_config.make(jax.devices()[:4])
+
+    def on_mesh(value: Any, axes: Any) -> Any:
+        return jax.device_put(value, jax.sharding.NamedSharding(mesh, mesh_config.spec(axes)))
+
+    infos = parameter_infos(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
+    params = jax.tree.map(lambda info, value: on_mesh(value, info.axes), infos, m.params)
+    batch = {name: on_mesh(value, ("batch", "sequence")) for name, value in _BATCH.items()}
+    step = jax.jit(jax.value_and_grad(lambda p, b: merge(m.definition, p).loss(b)[0]))
+    with use_mesh(mesh_config, mesh):
+        return step.lower(params, batch).compile(), params, batch
+
+
+@pytest.mark.parametrize(
+    "cfg, mesh",
+    [(_LM, "data"), (_LM, "fsdp and tensor"), (_LM, "sequence"), (_MOE, "data"), (_MOE, "expert")],
+)
+def test_a_mesh_changes_no_number(cfg, mesh):
+    step, params, batch = _lowered(cfg, MESHES[mesh])
+    one = parts(cfg, dtype=jnp.float32)
+    alone = jax.jit(jax.value_and_grad(lambda p, b: merge(one.definition, p).loss(b)[0]))
+    jax.tree.map(assert_close, step(params, batch), alone(one.params, _BATCH))
+
+
+def _logits(program: str) -> set[int]:
+    """How many tokens the float arrays over the vocabulary hold, of what each device computes."""
+    shapes = re.findall(rf"f32\[([\d,]*,{_V})\]", program)
+    return {int(np.prod([int(n) for n in shape.split(",")])) // _V for shape in shapes}
+
+
+@pytest.mark.parametrize("mesh", ["data", "sequence"])
+def test_each_device_computes_its_share_of_every_chunk_of_the_loss(mesh):
+    step, _, _ = _lowered(_LM.set(dim=16), MESHES[mesh])
+    # Of a chunk of eight tokens, two on each of four devices.
+    assert 2 in _logits(step.as_text())
+    assert not {8, _B * _T} & _logits(step.as_text())
