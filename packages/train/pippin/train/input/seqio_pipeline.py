@@ -9,6 +9,7 @@ Source: Roberts et al. 2022, arXiv:2203.17189, section 3 (seqio's tasks and mixt
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,10 +26,8 @@ from pippin.train.input.rejects import Rejects
 from pippin.train.input.store import StoreWriter
 
 _END = object()
-_GROUP, _GROUP_CHARACTERS = (
-    64,
-    1 << 16,
-)  # TensorFlow takes longer to call Python than Python to tokenise a text
+# A call of Python from TensorFlow takes longer than a short text: so many are handed over at a time.
+_GROUP, _GROUP_CHARACTERS = 64, 1 << 16
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
@@ -73,9 +72,8 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
         def encode(texts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             ids = [self.tokenizer.encode(text.decode()) for text in texts]
-            return np.asarray([i for of_one in ids for i in of_one], np.int32), np.asarray(
-                [*map(len, ids)], np.int64
-            )
+            flat = np.asarray([*itertools.chain.from_iterable(ids)], np.int32)
+            return flat, np.asarray([len(of_one) for of_one in ids], np.int64)
 
         ids, lengths = tf.numpy_function(encode, [s], [tf.int32, tf.int64])
         ids.set_shape([None])
