@@ -25,7 +25,7 @@ def make(folder):
                 if "norm" in of:
                     value.uniform_(0.5, 1.5)
                 else:
-                    value.normal_(std=0.5 if value.ndim == 1 else 2 * value.shape[-1] ** -0.5)
+                    value.normal_(std=0.5 if value.ndim == 1 else 1.2 * value.shape[-1] ** -0.5)
         model.to(getattr(torch, spec["torch_dtype"])).save_pretrained(folder / name, max_shard_size="20KB")
     read(folder)
 
