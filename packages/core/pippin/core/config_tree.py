@@ -242,7 +242,7 @@ def replace[T: Config](cfg: T, kind: type, new: Config | Callable[[Config], Conf
         if not isinstance(old, kind):
             return old
         found += 1
-        return inherit(new, old) if isinstance(new, Config) else new(old)
+        return inherit(new, old) if isinstance(new, Config) else _require_config(new(old), new)
 
     result = transform(cfg, swap)
     if not found:

@@ -17,6 +17,7 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,10 @@ from pippin.core.errors import PippinError
 class Outputs:
     """Scalars by name, of float32 or wider. Losses of one name add up; metrics of one name are averaged."""
 
-    losses: dict[str, Array] = dataclasses.field(default_factory=dict)
-    sums: dict[str, Array] = dataclasses.field(default_factory=dict)  # metric -> sum of its reports
-    counts: dict[str, Array] = dataclasses.field(default_factory=dict)  # metric -> number of its reports
+    # Any: JAX takes the tree apart, and puts it together again of what stands for arrays.
+    losses: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sums: dict[str, Any] = dataclasses.field(default_factory=dict)  # metric -> sum of its reports
+    counts: dict[str, Any] = dataclasses.field(default_factory=dict)  # metric -> number of its reports
 
     def total_loss(self) -> Array:
         """The sum of all losses; zero if there are none."""
@@ -98,7 +100,7 @@ def _scalar(function: str, name: str, value: Array) -> Array:
     return value if value.dtype == jnp.float64 else value.astype(jnp.float32)
 
 
-def _add(kind: str, name: str, value: Array) -> None:
+def _add(kind: str, name: str, value: Any) -> None:
     outputs = _current.get()
     if outputs is not None:
         values = getattr(outputs, kind)

@@ -1,0 +1,162 @@
+"""Logical axes on a mesh of eight devices."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pippin.core.config_tree import override
+from pippin.core.errors import ShardingError
+from pippin.core.sharding import MESH_AXES, AxisRuleConfig, MeshConfig, constrain, use_mesh
+
+# What BUILD sets for this test. Not set here: a run of several files would have them all on eight devices.
+FLAGS = "--xla_force_host_platform_device_count=8"
+eight_devices = pytest.mark.skipif("jax.device_count() != 8", reason=f"needs XLA_FLAGS={FLAGS}")
+
+
+# The grid
+
+
+def test_the_free_axis_takes_the_devices_that_are_left():
+    assert MeshConfig().shape(8)["data"] == 8
+    shape = MeshConfig(data=2, fsdp=-1, tensor=2).shape(8)
+    assert (shape["data"], shape["fsdp"], shape["tensor"]) == (2, 2, 2)
+    assert tuple(shape) == MESH_AXES
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            {"tensor": 3},
+            r"does not fit 8 devices: its sizes multiply to 3, which must divide the number of devices",
+        ),
+        (
+            {"data": 4},
+            r"its sizes multiply to 4, which must equal the number of devices\. Change a size, or write -1",
+        ),
+        ({"data": 1, "tensor": 16}, r"its sizes multiply to 16, which must equal"),
+        ({"tensor": 16}, r"its sizes multiply to 16, which must divide"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes: dict[str, int], message: str):
+    with pytest.raises(ShardingError, match=message):
+        MeshConfig(**sizes).shape(8)
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": -1}, {"tensor": 0}, {"tensor": -2}])
+def test_sizes_that_mean_nothing_are_refused(sizes: dict[str, int]):
+    with pytest.raises(ShardingError, match="every size must be positive, and at most one -1"):
+        MeshConfig(**sizes)
+
+
+@eight_devices
+def test_make_uses_the_devices_that_it_is_given():
+    mesh = MeshConfig(tensor=2).make(jax.devices()[:4])
+    assert (mesh.shape["data"], mesh.shape["tensor"], mesh.size) == (2, 2, 4)
+
+
+# The rules
+
+
+def test_rules_say_which_mesh_axes_split_a_dim():
+    cfg = MeshConfig()
+    assert cfg.spec(("embed", "mlp")) == PartitionSpec(("fsdp",), ("tensor",))
+    assert cfg.spec(("batch", "sequence", None)) == PartitionSpec(("data", "fsdp"), ("sequence",), None)
+    assert cfg.spec(("layers", None)) == PartitionSpec(None, None)
+
+
+def test_a_mesh_axis_splits_one_dim_of_an_array():
+    assert MeshConfig().spec(("batch", "embed")) == PartitionSpec(("data", "fsdp"), None)
+
+
+def test_a_rule_can_be_changed_in_a_recipe():
+    cfg = override(MeshConfig(), {"rules.0.mesh": "data,expert"})
+    assert cfg.spec(("batch",)) == PartitionSpec(("data", "expert"))
+
+
+def test_unknown_axes_name_the_nearest():
+    with pytest.raises(
+        ShardingError,
+        match=r"unknown logical axis 'vocabulary' \(did you mean 'vocab'\?\)\. Use one of batch,",
+    ):
+        MeshConfig().spec(("vocabulary",))
+    with pytest.raises(ShardingError, match=r"unknown logical axis 'embd'"):
+        AxisRuleConfig(logical="embd")
+    with pytest.raises(
+        ShardingError, match=r"unknown mesh axis 'tensr' \(did you mean 'tensor'\?\)\. Use one of data,"
+    ):
+        AxisRuleConfig(logical="mlp", mesh=("tensr",))
+    with pytest.raises(ShardingError, match=r"unknown logical axis 'sequnce'"):
+        constrain(jnp.zeros((2, 2)), "batch", "sequnce")
+
+
+def test_two_rules_for_one_axis_are_refused():
+    rule = AxisRuleConfig(logical="mlp", mesh=("tensor",))
+    with pytest.raises(
+        ShardingError, match=r"several rules for mlp: a logical axis has one\. Put all mesh axes into it"
+    ):
+        MeshConfig(rules=(rule, rule))
+
+
+# Activations
+
+
+def test_constrain_changes_nothing_without_a_mesh():
+    x = jnp.zeros((8, 4))
+    assert constrain(x, "batch", None) is x
+
+
+@eight_devices
+def test_constrain_splits_over_the_mesh_in_use():
+    cfg = MeshConfig(tensor=2)
+    mesh = cfg.make()
+
+    @jax.jit
+    def run(x):
+        return constrain(x * 2.0, "batch", "sequence", "heads")
+
+    with use_mesh(cfg, mesh):
+        y = run(jnp.ones((8, 3, 4)))
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("data", None, "tensor")), y.ndim)
+    assert y.addressable_shards[0].data.shape == (2, 3, 2)
+    assert float(y.sum()) == 2.0 * 8 * 3 * 4
+
+
+@eight_devices
+def test_the_mesh_in_use_ends_with_its_block():
+    cfg = MeshConfig()
+    with pytest.raises(RuntimeError), use_mesh(cfg, cfg.make()):
+        raise RuntimeError
+    x = jnp.zeros(3)
+    assert constrain(x, "batch") is x
+
+
+@eight_devices
+def test_a_dim_that_the_mesh_does_not_divide_is_refused():
+    cfg = MeshConfig(data=1, tensor=8)
+    mesh = cfg.make()
+    with (
+        use_mesh(cfg, mesh),
+        pytest.raises(
+            ShardingError,
+            match=r"a dim of 2 on the logical axis 'kv_heads' cannot be split 8 ways, over the mesh axes tensor \(the "
+            r"array's shape is \(1, 2\)\)\. Make the dim a multiple of 8",
+        ),
+    ):
+        constrain(jnp.zeros((1, 2)), "batch", "kv_heads")
+    with (
+        use_mesh(cfg, mesh),
+        pytest.raises(ShardingError, match=r"shape \(1, 2\) got the logical axes \('batch',\)"),
+    ):
+        constrain(jnp.zeros((1, 2)), "batch")
+
+
+@eight_devices
+def test_a_parameter_is_placed_by_its_logical_axes():
+    cfg = MeshConfig(data=1, fsdp=4, tensor=2)
+    mesh = cfg.make()
+    weight = jax.device_put(jnp.zeros((16, 6)), cfg.sharding(mesh, ("embed", "mlp"), (16, 6)))
+    assert weight.addressable_shards[0].data.shape == (4, 3)
+    with pytest.raises(ShardingError, match=r"a dim of 5 on the logical axis 'mlp' cannot be split 2 ways"):
+        cfg.sharding(mesh, ("embed", "mlp"), (16, 5))
