@@ -1,5 +1,7 @@
 """Grouped-query attention, and attention that reads another layer's keys and values."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -122,11 +124,11 @@ def _heads(x: Float[Array, "B T P"], num_heads: int, axis: str) -> Float[Array, 
 
 
 def _encode(
-    x: Float[Array, "B T N H"], ctx: Context, position: Module, norm: Module | None, order: QKNormOrder
+    x: Float[Array, "B T N H"], ctx: Context, position: Any, norm: Any, order: QKNormOrder
 ) -> Float[Array, "B T N H"]:
     if norm is not None and order is QKNormOrder.BEFORE_ROTATION:
         x = norm(x)
-    x = position.rotate(x, ctx.positions)
+    x = position.rotate(x, ctx.positions)  # pyright: ignore[reportAttributeAccessIssue]  of the interface
     if norm is not None and order is QKNormOrder.AFTER_ROTATION:
         x = norm(x)
     return x

@@ -127,7 +127,7 @@ def test_keys_that_are_not_aligned_are_masked_by_their_positions(kernel):
     def sees(b, t, s):
         return s < 5 and 0 <= t - s < 4
 
-    expected = reference.attend(*map(np.asarray, (q, k, v)), sees)
+    expected = reference.attend(np.asarray(q), np.asarray(k), np.asarray(v), sees)
     rows = [t for t in range(_T) if any(sees(0, t, s) for s in range(_T))]
     assert_exact(run(q, k[:, order], v[:, order])[:, rows], expected[:, rows])
 

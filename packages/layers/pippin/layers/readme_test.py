@@ -55,7 +55,7 @@ def test_the_readme_runs_as_it_is_written(folder: Path):
     assert np.isfinite(names["loss"]) and names["metrics"]["weight"] == 3
     assert names["cache"]["lengths"].tolist() == [5]
     # The user's layer is in the model, with a LoRA around each of its maps.
-    mine = [c for _, c in traverse(names["mine"]) if type(c).__qualname__ == "SquaredReLU.Config"]
+    mine: list[Any] = [c for _, c in traverse(names["mine"]) if type(c).__qualname__ == "SquaredReLU.Config"]
     assert [(c.hidden_dim, type(c.proj)) for c in mine] == [(96, configs.LoRALinearConfig)]
     assert names["logits"].shape == (1, 4, 256)
 

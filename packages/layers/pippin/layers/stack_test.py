@@ -44,7 +44,7 @@ _float64 = float64_fixture()
 
 _D, _T, _H = 4, 6, 4
 _X = normal(2, _T, _D)
-_HEADS = {"num_heads": 2, "num_kv_heads": 1, "head_dim": _H}
+_HEADS: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 1, "head_dim": _H}
 
 _ATTENTION = GroupedQueryAttentionConfig(**_HEADS, qk_norm=RMSNormConfig())
 _LAYER = TransformerLayerConfig(
