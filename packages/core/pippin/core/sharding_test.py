@@ -11,7 +11,12 @@ from pippin.core.sharding import MESH_AXES, AxisRuleConfig, MeshConfig, constrai
 
 # What BUILD sets for this test. Not set here: a run of several files would have them all on eight devices.
 FLAGS = "--xla_force_host_platform_device_count=8"
-eight_devices = pytest.mark.skipif("jax.device_count() != 8", reason=f"needs XLA_FLAGS={FLAGS}")
+
+
+@pytest.fixture
+def eight_devices() -> None:
+    if jax.device_count() != 8:
+        pytest.skip(f"needs XLA_FLAGS={FLAGS}")
 
 
 # The grid
@@ -50,7 +55,7 @@ def test_sizes_that_mean_nothing_are_refused(sizes: dict[str, int]):
         MeshConfig(**sizes)
 
 
-@eight_devices
+@pytest.mark.usefixtures("eight_devices")
 def test_make_uses_the_devices_that_it_is_given():
     mesh = MeshConfig(tensor=2).make(jax.devices()[:4])
     assert (mesh.shape["data"], mesh.shape["tensor"], mesh.size) == (2, 2, 4)
@@ -107,7 +112,7 @@ def test_constrain_changes_nothing_without_a_mesh():
     assert constrain(x, "batch", None) is x
 
 
-@eight_devices
+@pytest.mark.usefixtures("eight_devices")
 def test_constrain_splits_over_the_mesh_in_use():
     cfg = MeshConfig(tensor=2)
     mesh = cfg.make()
@@ -123,7 +128,7 @@ def test_constrain_splits_over_the_mesh_in_use():
     assert float(y.sum()) == 2.0 * 8 * 3 * 4
 
 
-@eight_devices
+@pytest.mark.usefixtures("eight_devices")
 def test_the_mesh_in_use_ends_with_its_block():
     cfg = MeshConfig()
     with pytest.raises(RuntimeError), use_mesh(cfg, cfg.make()):
@@ -132,7 +137,7 @@ def test_the_mesh_in_use_ends_with_its_block():
     assert constrain(x, "batch") is x
 
 
-@eight_devices
+@pytest.mark.usefixtures("eight_devices")
 def test_a_dim_that_the_mesh_does_not_divide_is_refused():
     cfg = MeshConfig(data=1, tensor=8)
     mesh = cfg.make()
@@ -152,7 +157,7 @@ def test_a_dim_that_the_mesh_does_not_divide_is_refused():
         constrain(jnp.zeros((1, 2)), "batch")
 
 
-@eight_devices
+@pytest.mark.usefixtures("eight_devices")
 def test_a_parameter_is_placed_by_its_logical_axes():
     cfg = MeshConfig(data=1, fsdp=4, tensor=2)
     mesh = cfg.make()
