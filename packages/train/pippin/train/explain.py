@@ -63,4 +63,4 @@ def _kernels(cfg: TrainerConfig) -> list[str]:
 
 
 def _rules(trainer: Trainer) -> list[str]:
-    return ["learner:", describe_rules(trainer.cfg.learner, trainer.infos)]
+    return ["learner:", describe_rules(trainer.cfg.learner, trainer.infos)]  # type: ignore[arg-type]

@@ -144,8 +144,8 @@ def _summarise(
     model = merge(trainer.definition, params)
     written = generate(model, prompt, max_new_tokens=_NEW_TOKENS, temperature=0.7, top_p=0.95, stop_ids=stop)
     evaluator = cfg.evaluators[0]
-    evaluations = {m["step"]: m for m in run.read_metrics() if m["kind"] == evaluator.name}  # type: ignore[attr-defined]
-    held_out = _held_out(source, evaluator.max_batches)  # type: ignore[attr-defined]
+    evaluations = {m["step"]: m for m in run.read_metrics() if m["kind"] == evaluator.name}
+    held_out = _held_out(source, evaluator.max_batches)
     summary = Summary(
         recipe=recipe,
         num_params=trainer.num_params,

@@ -32,8 +32,8 @@ def write_loss_plot(run: RunDirectory, cfg: TrainerConfig) -> None:
     train = [m for m in lines if m["kind"] == "train"]
     axes.plot(*_points(train, "loss"), color="tab:blue", linewidth=1, label="training loss")
     for evaluator in cfg.evaluators:
-        points = _points([m for m in lines if m["kind"] == evaluator.name], "cross_entropy")  # type: ignore[attr-defined]
-        axes.plot(*points, "o-", color="tab:orange", label=f"{evaluator.name} cross-entropy")  # type: ignore[attr-defined]
+        points = _points([m for m in lines if m["kind"] == evaluator.name], "cross_entropy")
+        axes.plot(*points, "o-", color="tab:orange", label=f"{evaluator.name} cross-entropy")
     axes.set_xlabel("step")
     axes.set_ylabel("nats a token")
     axes.grid(alpha=0.3)

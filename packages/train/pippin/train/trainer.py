@@ -145,7 +145,7 @@ class Trainer:
         whole = self._named(())
         learner = jax.eval_shape(self.learner.init, shapes)
         return TrainState(
-            whole,
+            whole,  # type: ignore[arg-type]
             jax.tree.map(lambda info: self._named(info.axes), self.infos),
             self.learner.map_state(learner, lambda leaf, info: self._named(info.axes), lambda leaf: whole),
         )

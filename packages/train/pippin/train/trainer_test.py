@@ -32,7 +32,7 @@ def trained(trainer: Trainer) -> tuple[TrainState, list[float]]:
     return state, losses
 
 
-def batches():  # noqa: ANN201
+def batches():
     source = CountingInput(toy_config().input)
     return iter(lambda: next(source), None)
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from pippin.core.errors import ConfigError
 
-Batch = dict[str, Any]  # name -> array [B, ...]
+Batch = Any  # name -> array [B, ...]
 LossAndGrad = Callable[[Batch], tuple[tuple[Float[Array, ""], Any], Any]]
 
 
