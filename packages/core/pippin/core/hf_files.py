@@ -133,9 +133,10 @@ def save_folder(
     try:
         manifest.write_file(temporary / CONFIG_FILE, _json(config))
         _write_weights(temporary, tensors, max_file_bytes)
-        for name in _TOKENIZER_FILES if tokenizer is not None else ():
-            if (tokenizer / name).is_file():
-                manifest.write_file(temporary / name, (tokenizer / name).read_bytes())
+        if tokenizer is not None:
+            for name in _TOKENIZER_FILES:
+                if (tokenizer / name).is_file():
+                    manifest.write_file(temporary / name, (tokenizer / name).read_bytes())
         manifest.publish(temporary, directory)
     except (OSError, safetensors.SafetensorError) as e:
         raise CheckpointError(f"the model {directory} was not saved: {e}. Make room or mend the disk.") from e

@@ -141,17 +141,18 @@ def _require_match(
     seen = {_TIED_HEAD} if cfg.head is None else set()
     problems = []
     for info in infos:
-        dtypes = set()
+        dtype = None
         for name in _names(info):
             if name not in tensors:
                 problems.append(f"{name} is missing")
                 break  # one layer that is missing says enough, and config.json may claim millions
             seen.add(name)
-            dtypes.add(tensors[name].dtype)
-            if tensors[name].shape != _their_shape(info):
-                problems.append(f"{name} is {list(tensors[name].shape)}, not {list(_their_shape(info))}")
-        if len(dtypes) > 1:
-            problems.append(f"{name} is not of the dtype that it has in other layers")
+            tensor = tensors[name]
+            dtype = dtype or tensor.dtype
+            if tensor.shape != _their_shape(info):
+                problems.append(f"{name} is {list(tensor.shape)}, not {list(_their_shape(info))}")
+            elif tensor.dtype != dtype:
+                problems.append(f"{name} is {tensor.dtype}, not {dtype} as in other layers")
     if not problems:  # otherwise names of layers that were not looked at would seem too many
         extra = [name for name in tensors if name not in seen and not name.endswith(_ROTATION)]
         problems = [f"{name} is not of this model" for name in sorted(extra)]

@@ -100,9 +100,8 @@ def config_to_huggingface(cfg: CausalLMConfig) -> dict[str, Any]:
     Raises:
         ConfigError: the tree is no model of the Llama family; the error says where it differs.
     """
-    layer = _expect(
-        _expect(cfg.decoder, RepeatConfig, "decoder").layer, TransformerLayerConfig, "decoder.layer"
-    )
+    decoder = _expect(cfg.decoder, RepeatConfig, "decoder")
+    layer = _expect(decoder.layer, TransformerLayerConfig, "decoder.layer")
     attention = _expect(layer.attention, GroupedQueryAttentionConfig, _ATTENTION)
     feed_forward = _expect(layer.feed_forward, FeedForwardConfig, _FEED_FORWARD)
     position = _expect(attention.position, RoPEConfig, f"{_ATTENTION}.position")
@@ -114,7 +113,7 @@ def config_to_huggingface(cfg: CausalLMConfig) -> dict[str, Any]:
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.dim,
         "intermediate_size": feed_forward.hidden_dim,
-        "num_hidden_layers": cfg.decoder.num_layers,
+        "num_hidden_layers": decoder.num_layers,
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.num_kv_heads,
         "head_dim": attention.head_dim,

@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -136,7 +137,7 @@ def test_newer_files_have_the_rotation_in_one_object():
 
 def test_absent_values_are_those_of_the_family():
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    cfg = config_from_huggingface({"model_type": "llama"} | {name: LLAMA3_8B[name] for name in sizes})
+    cfg: Any = config_from_huggingface({"model_type": "llama"} | {name: LLAMA3_8B[name] for name in sizes})
     attention = cfg.decoder.layer.attention
     assert (attention.num_kv_heads, attention.head_dim) == (32, 128)
     assert (attention.position.theta, cfg.norm.eps) == (10_000.0, 1e-6)
@@ -145,7 +146,7 @@ def test_absent_values_are_those_of_the_family():
 
 def test_biases_come_and_go_together():
     raw = LLAMA3_8B | {"attention_bias": True, "mlp_bias": True}
-    cfg = config_from_huggingface(raw)
+    cfg: Any = config_from_huggingface(raw)
     assert all(getattr(cfg.decoder.layer.attention, f"{p}_proj").bias for p in "qkvo")
     assert all(getattr(cfg.decoder.layer.feed_forward, f"{p}_proj").bias for p in ("gate", "up", "down"))
     ours = config_to_huggingface(cfg)

@@ -1,5 +1,6 @@
 import json
 import shutil
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from pippin.core.config_tree import override
 from pippin.core.errors import CheckpointError, ConfigError, PippinError
-from pippin.core.module import flatten_params, parameter_infos, unflatten_params
+from pippin.core.module import Params, flatten_params, parameter_infos, unflatten_params
+from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.huggingface import load_huggingface, save_huggingface
 from pippin.layers.models.llama import llama, with_qk_norm
 from pippin.layers.position_config import Llama3ScalingConfig, RoPEConfig
@@ -39,7 +41,7 @@ CONFIGS = {
 }
 
 
-def _random_params(cfg, dtype=np.float32):
+def _random_params(cfg: CausalLMConfig, dtype: Any = np.float32) -> Params:
     """Parameters that are all different from each other."""
     infos = flatten_params(parameter_infos(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0)))))
     rng = np.random.default_rng(0)
@@ -140,7 +142,7 @@ def _rewrite(folder, change):
         ),
         (
             lambda t: t.update({"model.layers.1.mlp.up_proj.weight": np.zeros((24, 16), "e")}),
-            "is not of the dtype that it has in other layers",
+            "up_proj.weight is float16, not float32 as in other layers",
         ),
         (
             lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}),
