@@ -23,9 +23,6 @@ and is named in the all_modules() of the folder above: all_modules(folders = ["m
 
 load("//bazel:python.bzl", "py_binary", "py_library", "py_test")
 
-# As native.existing_rules() names the kinds of rules.
-_MODULES = ["py_library", "_py_binary"]
-
 def _namespace(package):
     """The import root of a folder and its dotted name, from its Bazel package."""
     parts = package.split("/")
@@ -107,58 +104,47 @@ def py_module(
             deps = [":" + name] + [d for d in deps if d not in test_deps] + test_deps,
         )
 
-def py_tests(name, srcs, deps = [], peers = [], **kwargs):
+def py_tests(name, srcs, **kwargs):
     """A test of several files: cheaper than one each, where they take long to import.
 
     Args:
         name: the target's name.
         srcs: the test files.
-        deps: what they import.
-        peers: targets of @peers: see py_test.
         **kwargs: see py_test.
     """
     root, _ = _namespace(native.package_name())
-    init = _init(native.package_name())
-    py_test(name = name, srcs = srcs, imports = [root], init = init, peers = peers, deps = deps, **kwargs)
-    if peers:  # For all_tests: reading the sources must not fetch @peers.
-        py_library(
-            name = name + "_sources",
-            testonly = True,
-            srcs = srcs,
-            imports = [root],
-            init = init,
-            deps = deps + ["@pip//:hypothesis", "@pip//:pytest"],
-        )
-
-def _is_test(rule):
-    return rule["kind"] == "_py_test" and "peers" not in rule["tags"]
+    py_test(
+        name = name,
+        srcs = srcs,
+        imports = [root],
+        init = _init(native.package_name()),
+        **kwargs
+    )
 
 # buildifier: disable=unnamed-macro
 def all_modules(folders = []):
-    """The last line of a BUILD file: :all_modules and :all_tests, all that it declares.
+    """The last line of a BUILD file: the target :all_modules, all that the folder ships.
 
-    The package's wheel holds the first, and its types_test reads both. A test that builds
-    configs, which name their implementations by string, has the first in its `test_data`.
+    The package's wheel holds it, and its types_test reads it. A test that builds configs,
+    which name their implementations by string, has it in its `test_data`.
 
     Args:
-        folders: folders in this one with BUILD files of their own, whose targets count here too.
+        folders: folders in this one with BUILD files of their own, whose modules count here too.
     """
     _init(native.package_name())
-    rules = native.existing_rules()
-    found = {
-        "all_modules": [n for n, r in rules.items() if r["kind"] in _MODULES and not r.get("testonly")],
-        "all_tests": [n for n, r in rules.items() if _is_test(r) or r.get("testonly")],
-    }
-    for name, targets in found.items():
-        py_library(
-            name = name,
-            testonly = name == "all_tests",
-            visibility = ["//packages/%s:users" % native.package_name().split("/")[1]],
-            deps = targets + ["//%s/%s:%s" % (native.package_name(), f, name) for f in folders],
-        )
+    modules = [
+        name
+        for name, rule in native.existing_rules().items()
+        if rule["kind"] in ["py_library", "_py_binary"] and not rule.get("testonly")
+    ]
+    py_library(
+        name = "all_modules",
+        visibility = ["//packages/%s:users" % native.package_name().split("/")[1]],
+        deps = modules + ["//%s/%s:all_modules" % (native.package_name(), folder) for folder in folders],
+    )
 
 def types_test(name, deps):
-    """A test that pyright finds nothing in this folder.
+    """A test that pyright finds nothing in this folder. Its tests are left out: they run.
 
     Args:
         name: the target's name.

@@ -83,9 +83,12 @@ def _value_to_proto(value: Any) -> pb.Value:
         return pb.Value(component=to_proto(value))
     if isinstance(value, tuple):
         return pb.Value(list=pb.List(items=[_value_to_proto(v) for v in value]))
-    for kind, name in ((enum.Enum, "enum_value"), (bool, "bool_value"), (int, "int_value")):
-        if isinstance(value, kind):
-            return pb.Value(**{name: value.value if isinstance(value, enum.Enum) else value})
+    if isinstance(value, enum.Enum):
+        return pb.Value(enum_value=value.value)
+    if isinstance(value, bool):  # before int, which a bool is too
+        return pb.Value(bool_value=value)
+    if isinstance(value, int):
+        return pb.Value(int_value=value)
     if isinstance(value, float):
         return pb.Value(float_value=value)
     return pb.Value(string_value=value)

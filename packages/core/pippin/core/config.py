@@ -27,7 +27,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any, ClassVar, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
 
 from pippin.core.config_field import (
     REQUIRED,
@@ -76,6 +76,10 @@ class Config(Node):
 
     _implementation: ClassVar[Any] = None
 
+    if TYPE_CHECKING:
+        # A slot holds whatever provides its interface, and only who chose that knows its fields.
+        def __getattr__(self, name: str) -> Any: ...
+
     def __init_subclass__(
         cls, *, implementation: str = "", provides: str | None = None, version: int = 1, **kwargs: Any
     ) -> None:
@@ -100,8 +104,9 @@ class Config(Node):
             )
         for name in fields:
             require_field(cls, name)
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name, hint in field_hints(cls).items():
-            value = fields[name] if name in fields else cls.__dataclass_fields__[name].default
+            value = fields.get(name, defaults[name])
             object.__setattr__(self, name, check_value(f"{cls.__name__}.{name}", value, hint))
         # What the caller chose, as against defaults: `replace` must not overwrite it.
         object.__setattr__(self, "_chosen", frozenset(fields))
@@ -128,7 +133,7 @@ class Config(Node):
     @property
     def chosen(self) -> frozenset[str]:
         """The names of the fields that were given a value, rather than left at their default."""
-        return self._chosen  # type: ignore[attr-defined]
+        return self._chosen
 
     def build(self, **kwargs: Any) -> Any:
         """The component that this config describes.

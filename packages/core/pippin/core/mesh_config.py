@@ -113,7 +113,10 @@ class MeshConfig(Config):
             )
         return {axis: num_devices // fixed if s == -1 else s for axis, s in sizes.items()}
 
-    def make(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    def make(
+        self,
+        devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+    ) -> jax.sharding.Mesh:
         """The mesh over some devices, by default all.
 
         Raises:

@@ -70,11 +70,8 @@ class TracedCalls:
     def _call(self, method: pb.Method, chosen: frozenset[str], *, all_chosen: bool) -> None:
         given = [i for i in method.inputs if not i.optional or i.name in chosen]
         inputs = {i.name: self._input(i, i.name, chosen) for i in given}
-
-        where = (
-            f"{type(self.cfg).TYPE}.{method.name}({', '.join(f'{n}={_brief(v)}' for n, v in inputs.items())})"
-        )
-
+        shown = ", ".join(f"{name}={_brief(value)}" for name, value in inputs.items())
+        where = f"{type(self.cfg).TYPE}.{method.name}({shown})"
         problems: list[ConfigError] = []  # JAX would add a note on its own frames to what leaves it
 
         def run(params: Any, inputs: Any) -> None:
@@ -210,7 +207,9 @@ class TracedCalls:
     def _said(self, tensor: pb.Tensor, bound: dict[str, Any]) -> str:
         """The dtype and dims of a tensor, as the interface names them and as numbers."""
         kind = (
-            bound.get("dtype", "float") if tensor.dtype == pb.DTYPE_FLOAT else _DTYPES[tensor.dtype].__name__
+            bound.get("dtype", "float")
+            if tensor.dtype == pb.DTYPE_FLOAT
+            else jnp.dtype(_DTYPES[tensor.dtype]).name
         )
         numbers = [*map(str, self.lead)] if "..." in tensor.dims else []
         numbers += [str(bound.get(d, d)) for d in tensor.dims if d != "..."]

@@ -30,7 +30,7 @@ def test_a_model_comes_back_bit_for_bit_from_hugging_face_s_form(bundle: Path, t
     assert old.keys() == new.keys()
     for path, values in old.items():
         np.testing.assert_array_equal(values, new[path])
-    assert before.component.decoder == after.component.decoder  # type: ignore[attr-defined]
+    assert before.component.decoder == after.component.decoder
 
 
 def test_a_model_that_their_config_cannot_describe_is_refused_and_nothing_is_left(
