@@ -48,7 +48,10 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids."""
+        """The text of some ids.
+
+        Ids that are no token's are left out: a model's vocabulary may be larger than its tokenizer's.
+        """
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -92,7 +95,7 @@ class SentencePieceTokenizer(Tokenizer):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(i) for i in ids])
+        return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
 
 class JsonTokenizer(Tokenizer):
@@ -113,7 +116,9 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self._tokenizer.decode(
+            [int(i) for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=True
+        )
 
 
 def load_tokenizer(directory: Path | str) -> Tokenizer:

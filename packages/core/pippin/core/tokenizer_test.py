@@ -102,6 +102,10 @@ def test_special_tokens_are_left_out_of_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([]) == ""
 
 
+def test_ids_of_no_token_are_left_out_of_text(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode([tokenizer.vocab_size, *tokenizer.encode("main"), 1 << 20, -1]) == "main"
+
+
 def test_special_ids_come_from_the_model(model_directory: Path) -> None:
     tokenizer = load_tokenizer(model_directory)
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 1, 3)
