@@ -39,7 +39,7 @@ class EverythingConfig(Config):
     norms: tuple[Annotated[Config, Slot("norm")], ...] = ()
 
 
-class RootConfig(Config):
+class ProtoRootConfig(Config):
     child: EverythingConfig = EverythingConfig()
     children: tuple[EverythingConfig, ...] = ()
 
@@ -47,7 +47,7 @@ class RootConfig(Config):
 # The checks of annotations look at a random item of a tuple.
 @pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @settings(max_examples=60, deadline=None)
-@given(configs(RootConfig))
+@given(configs(ProtoRootConfig))
 def test_any_tree_comes_back_equal_from_a_message_bytes_and_text(cfg: Config):
     message = to_proto(cfg)
     for back in (

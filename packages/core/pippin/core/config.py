@@ -40,7 +40,7 @@ from pippin.core.config_field import (
     union_members,
 )
 from pippin.core.errors import ConfigError
-from pippin.core.registry import lookup, nearest, providers, register, registry, type_name
+from pippin.core.registry import lookup, nearest, providers, register, registry, short_name, type_name
 
 __all__ = [
     "REQUIRED",
@@ -98,7 +98,7 @@ class Config(Node):
         cls = type(self)
         if args or cls is Config:
             raise ConfigError(
-                f"{cls.__name__} got {len(args)} values without a name. Write field=value for each."
+                f"{short_name(cls)} got {len(args)} values without a name. Write field=value for each."
                 if args
                 else "Config itself describes nothing. Make a config of a class that derives from it."
             )
@@ -107,7 +107,7 @@ class Config(Node):
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name, hint in field_hints(cls).items():
             value = fields.get(name, defaults[name])
-            object.__setattr__(self, name, check_value(f"{cls.__name__}.{name}", value, hint))
+            object.__setattr__(self, name, check_value(f"{short_name(cls)}.{name}", value, hint))
         # What the caller chose, as against defaults: `replace` must not overwrite it.
         object.__setattr__(self, "_chosen", frozenset(fields))
         # Survives `set`, so that an error can name the path of a template that its parent filled in.
@@ -146,10 +146,10 @@ class Config(Node):
         """
         for name in field_hints(type(self)):
             if getattr(self, name) is REQUIRED:
-                raise _UnsetError(((self, name),))
+                raise UnsetError(((self, name),))
         try:
             return self.implementation()(self, **kwargs)
-        except _UnsetError as e:
+        except UnsetError as e:
             raise e.under(self) from None
 
     @classmethod
@@ -177,7 +177,7 @@ class Config(Node):
             missing = f"{module} has no {name}"
         raise ConfigError(
             f"{cls.TYPE} is implemented by {cls._implementation!r}, but {missing}. Install the package that holds "
-            f"it, or mend the name where {cls.__name__} is declared."
+            f"it, or mend the name where {short_name(cls)} is declared."
         )
 
     def __repr__(self) -> str:
@@ -187,7 +187,7 @@ class Config(Node):
             for f in dataclasses.fields(self)  # type: ignore[arg-type]
             if getattr(self, f.name) != f.default
         ]
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return f"{short_name(type(self))}({', '.join(shown)})"
 
 
 class Configurable:
@@ -205,12 +205,12 @@ class Configurable:
             config._implementation = cls
         elif config._implementation not in (here, cls):
             raise ConfigError(
-                f"{here} has {config.__name__} as its Config, which builds {config._implementation} instead. Declare "
+                f"{here} has {short_name(config)} as its Config, which builds {config._implementation} instead. Declare "
                 "a config of its own for it, which may derive from that one."
             )
 
 
-class _UnsetError(ConfigError):
+class UnsetError(ConfigError):
     """A required field that is not set; `under` adds to its path as the error leaves each build."""
 
     def __init__(self, trail: tuple[tuple[Config, str], ...]):
@@ -219,20 +219,20 @@ class _UnsetError(ConfigError):
         top, (leaf, name) = trail[0][0], trail[-1]
         path = ".".join(step for _, step in trail)
         super().__init__(
-            f"{path} of {type(top).__name__} is required and was not set: {type(leaf).__name__} cannot be built "
+            f"{path} of {short_name(type(top))} is required and was not set: {short_name(type(leaf))} cannot be built "
             f"without it. Set it, for example with override(cfg, {{{path!r}: ...}}), or let the parent of "
-            f"{type(leaf).__name__} set {name}."
+            f"{short_name(type(leaf))} set {name}."
         )
 
-    def under(self, parent: Config) -> _UnsetError:
+    def under(self, parent: Config) -> UnsetError:
         if parent is self.trail[0][0]:
             return self
         paths = _paths(parent)
         # A parent may build a config that it made itself: then one further in is what stands in the tree.
         for i, (cfg, _) in enumerate(self.trail):
             if cfg._identity in paths:
-                return _UnsetError(((parent, paths[cfg._identity]), *self.trail[i:]))
-        return _UnsetError(((parent, f"({type(self.trail[0][0]).__name__})"), *self.trail))
+                return UnsetError(((parent, paths[cfg._identity]), *self.trail[i:]))
+        return UnsetError(((parent, f"({short_name(type(self.trail[0][0]))})"), *self.trail))
 
 
 def _paths(cfg: Config) -> dict[object, str]:
@@ -294,6 +294,6 @@ def require_field(cls: type[Config], name: str, prefix: str = "") -> None:
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if name not in names:
         raise ConfigError(
-            f"{cls.__name__} has no field {prefix + name!r}{nearest(name, names)}. "
+            f"{short_name(cls)} has no field {prefix + name!r}{nearest(name, names)}. "
             f"Its fields are {', '.join(names) or 'none'}."
         )

@@ -11,7 +11,7 @@ import typing
 from typing import Any, ClassVar, TypeVar
 
 from pippin.core.errors import ConfigError
-from pippin.core.registry import nearest, providers
+from pippin.core.registry import nearest, providers, short_name
 
 
 class RequiredType(enum.Enum):
@@ -69,12 +69,12 @@ def field_hints(cls: type[Node]) -> dict[str, Any]:
         hints = typing.get_type_hints(cls, include_extras=True)
     except NameError as e:
         raise ConfigError(
-            f"{cls.__name__} has an annotation with {e.name!r}, which {cls.__module__} does not define at its top "
+            f"{short_name(cls)} has an annotation with {e.name!r}, which {cls.__module__} does not define at its top "
             "level. Define or import it there, outside of `if TYPE_CHECKING`."
         ) from None
     fields = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name, hint in fields.items():
-        _check_annotation(f"{cls.__name__}.{name}", hint)
+        _check_annotation(f"{short_name(cls)}.{name}", hint)
     if cls.PROVIDES:
         _check_settings(cls, fields)
     return fields
@@ -193,10 +193,10 @@ def _require_provides(value: Any, slot: Slot) -> None:
         return
     what, does = _shown(value), "is no config"
     if isinstance(value, Node):
-        what = f"a {type(value).__name__}"
+        what = f"a {short_name(type(value))}"
         does = f"provides {value.PROVIDES!r}" if value.PROVIDES else "provides no interface"
     if isinstance(value, type):
-        what, does = f"the class {value.__name__}", "is no config: give it an instance, such as XConfig()"
+        what, does = f"the class {short_name(value)}", "is no config: give it an instance, such as XConfig()"
     offer = ", ".join(providers(slot.interface)) or "none is registered"
     raise _MisfitError(
         f"{what}, which {does}; the slot takes a component that provides {slot.interface!r}. "
@@ -217,7 +217,7 @@ def _misfit(value: Any, hint: Any) -> _MisfitError:
 
 def _shown(value: Any) -> str:
     """A value in a message: its repr, cut off where it is long."""
-    text = f"a {type(value).__name__}" if isinstance(value, Node) else repr(value)
+    text = f"a {short_name(type(value))}" if isinstance(value, Node) else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
@@ -236,7 +236,7 @@ def describe(hint: Any) -> str:
         return describe(hint.__origin__)
     if typing.get_origin(hint) is tuple:
         return f"a tuple, each item {describe(typing.get_args(hint)[0])}"
-    return _SCALARS.get(hint) or f"a {hint.__name__}"
+    return _SCALARS.get(hint) or f"a {short_name(hint)}"
 
 
 def _check_annotation(where: str, hint: Any) -> None:
@@ -274,12 +274,12 @@ def _require_interface(where: str, name: str) -> Any:
 def _check_settings(cls: type[Node], hints: dict[str, Any]) -> None:
     """Raises unless a config has the fields that a holder of its interface sets."""
     kinds = {"INT": int, "FLOAT": float, "BOOL": bool, "STRING": str}
-    for setting in _require_interface(f"{cls.__name__} provides", cls.PROVIDES).settings:
+    for setting in _require_interface(f"{short_name(cls)} provides", cls.PROVIDES).settings:
         kind = kinds[type(setting).Type.Name(setting.type)]
         write = f"{setting.field}: " + (
             f"{kind.__name__} | None = None" if setting.optional else f"Required[{kind.__name__}] = REQUIRED"
         )
-        where = f"{cls.__name__} provides {cls.PROVIDES!r}, and who holds such a component sets its {setting.field}"
+        where = f"{short_name(cls)} provides {cls.PROVIDES!r}, and who holds such a component sets its {setting.field}"
         if setting.field not in hints:
             raise ConfigError(f"{where}: it has no such field{nearest(setting.field, hints)}. Add `{write}`.")
         members = union_members(hints[setting.field])

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_origin
 from pippin.core.config import REQUIRED, Config, check_value, children, field_hints, lookup, require_field
 from pippin.core.config_field import enum_of, item_hint, slot_of, union_members
 from pippin.core.errors import ConfigError
+from pippin.core.registry import short_name
 
 C = TypeVar("C", bound=Config)
 
@@ -233,7 +234,7 @@ def replace[T: Config](cfg: T, kind: type, new: Config | Callable[[Config], Conf
         )
     if isinstance(new, type):
         raise ConfigError(
-            f"replace got the class {new.__name__} as new. Give it a config: {new.__name__}(...)."
+            f"replace got the class {short_name(new)} as new. Give it a config: {short_name(new)}(...)."
         )
     found = 0
 
@@ -246,9 +247,9 @@ def replace[T: Config](cfg: T, kind: type, new: Config | Callable[[Config], Conf
 
     result = transform(cfg, swap)
     if not found:
-        kinds = sorted({type(c).__name__ for _, c in traverse(cfg)})
+        kinds = sorted({short_name(type(c)) for _, c in traverse(cfg)})
         raise ConfigError(
-            f"replace: {type(cfg).__name__} holds no {kind.__name__}, so nothing would change. "
+            f"replace: {short_name(type(cfg))} holds no {short_name(kind)}, so nothing would change. "
             f"It is composed of {', '.join(kinds)}."
         )
     return result

@@ -25,7 +25,7 @@ class Mood(enum.StrEnum):
     WILD = "Wild"
 
 
-class NormConfig(Config, implementation="pippin.core.nowhere:Norm", provides="norm"):
+class TreeNormConfig(Config, implementation="pippin.core.nowhere:Norm", provides="norm"):
     dim: Required[int] = REQUIRED
     eps: float = 1e-5
 
@@ -54,7 +54,7 @@ class HeadsConfig(Config):
 
 class LayerConfig(Config):
     heads: HeadsConfig = HeadsConfig()
-    norm: Annotated[Config, Slot("norm")] = NormConfig()
+    norm: Annotated[Config, Slot("norm")] = TreeNormConfig()
     extra_norm: Annotated[Config, Slot("norm")] | None = None
     dropout: float = 0.0
     name: str = "layer"
@@ -71,7 +71,7 @@ class LayerConfig(Config):
 class ModelConfig(Config):
     first: LayerConfig = LayerConfig()
     layers: tuple[LayerConfig, ...] = (LayerConfig(name="a"), LayerConfig(name="b"))
-    final_norm: Annotated[Config, Slot("norm")] = NormConfig()
+    final_norm: Annotated[Config, Slot("norm")] = TreeNormConfig()
 
 
 BASE = ModelConfig()
@@ -221,7 +221,7 @@ def test_a_wrong_path_or_value_is_named(path: str, value: Any, message: str):
 )
 def test_text_is_read_as_the_field_has_it(path: str, text: str, value: Any):
     if path == "norms":
-        text, value = f"{NormConfig.TYPE},ScaledNorm", (NormConfig(), ScaledNormConfig())
+        text, value = f"{TreeNormConfig.TYPE},ScaledNorm", (TreeNormConfig(), ScaledNormConfig())
     new = override(LayerConfig(), {path: text})
     *above, last = path.split(".")
     at: Any = new
@@ -246,41 +246,41 @@ def test_parse_value_names_what_it_reads_for():
 
 def test_replace_swaps_every_component_of_a_kind_and_keeps_shared_fields():
     base = override(BASE, {"layers.*.norm.eps": 0.5, "layers.*.norm.dim": 3})
-    new = replace(base, NormConfig, ScaledNormConfig(power=4))
+    new = replace(base, TreeNormConfig, ScaledNormConfig(power=4))
     assert [layer.norm for layer in new.layers] == [ScaledNormConfig(dim=3, eps=0.5, power=4)] * 2
     assert new.final_norm == ScaledNormConfig(eps=1e-5, power=4)
-    assert base.layers[0].norm == NormConfig(dim=3, eps=0.5)
+    assert base.layers[0].norm == TreeNormConfig(dim=3, eps=0.5)
 
 
 def test_replace_keeps_what_was_set_on_the_new_component_even_at_its_default():
-    assert replace(BASE, NormConfig, ScaledNormConfig(eps=0.25)).final_norm.eps == 0.25
-    assert replace(BASE, NormConfig, ScaledNormConfig(eps=1e-3)).final_norm.eps == 1e-3
-    assert replace(BASE, NormConfig, ScaledNormConfig().set(eps=0.125)).final_norm.eps == 0.125
+    assert replace(BASE, TreeNormConfig, ScaledNormConfig(eps=0.25)).final_norm.eps == 0.25
+    assert replace(BASE, TreeNormConfig, ScaledNormConfig(eps=1e-3)).final_norm.eps == 1e-3
+    assert replace(BASE, TreeNormConfig, ScaledNormConfig().set(eps=0.125)).final_norm.eps == 0.125
 
 
 def test_replace_takes_a_function_from_old_to_new():
-    new = replace(BASE, NormConfig, lambda old: old.set(eps=old.eps * 2))
+    new = replace(BASE, TreeNormConfig, lambda old: old.set(eps=old.eps * 2))
     assert new.final_norm.eps == 2e-5
 
 
 def test_replace_takes_a_component_class_with_a_config():
     class Wide(Configurable):
-        class Config(NormConfig):
+        class Config(TreeNormConfig):
             pass
 
     base = BASE.set(final_norm=Wide.Config(dim=7))
     new = replace(base, Wide, ScaledNormConfig())
-    assert (new.final_norm, new.first.norm) == (ScaledNormConfig(dim=7, eps=1e-5), NormConfig())
+    assert (new.final_norm, new.first.norm) == (ScaledNormConfig(dim=7, eps=1e-5), TreeNormConfig())
 
 
 def test_a_replacement_that_holds_the_kind_it_replaces_is_put_in_once():
     class WrapConfig(Config):
-        inner: Annotated[Config, Slot("norm")] = NormConfig()
+        inner: Annotated[Config, Slot("norm")] = TreeNormConfig()
 
     class HolderConfig(Config):
-        child: NormConfig | WrapConfig = NormConfig()
+        child: TreeNormConfig | WrapConfig = TreeNormConfig()
 
-    assert replace(HolderConfig(), NormConfig, lambda old: WrapConfig(inner=old)).child == WrapConfig()
+    assert replace(HolderConfig(), TreeNormConfig, lambda old: WrapConfig(inner=old)).child == WrapConfig()
 
 
 @pytest.mark.parametrize(
@@ -288,17 +288,17 @@ def test_a_replacement_that_holds_the_kind_it_replaces_is_put_in_once():
     [
         (
             ScaledNormConfig,
-            NormConfig(),
+            TreeNormConfig(),
             r"holds no ScaledNormConfig, so nothing would change\. It is composed of Heads",
         ),
-        (NormConfig, TreePositionConfig(), r"\.norm got a TreePositionConfig, which provides 'position'"),
+        (TreeNormConfig, TreePositionConfig(), r"\.norm got a TreePositionConfig, which provides 'position'"),
         (
-            NormConfig,
+            TreeNormConfig,
             ScaledNormConfig,
             r"replace got the class ScaledNormConfig as new\. Give it a config: ScaledNormConfig",
         ),
-        (int, NormConfig(), r"replace got <class 'int'> as the kind"),
-        (NormConfig, lambda old: None, r"returned None, which is no config\. Return the changed tree"),
+        (int, TreeNormConfig(), r"replace got <class 'int'> as the kind"),
+        (TreeNormConfig, lambda old: None, r"returned None, which is no config\. Return the changed tree"),
     ],
 )
 def test_a_replacement_that_makes_no_sense_is_refused(kind: Any, new: Any, message: str):
@@ -311,8 +311,8 @@ def test_inherit_skips_fields_whose_type_differs():
         eps: str = "small"
         dim: int | None = None
 
-    assert inherit(OddConfig(), NormConfig(eps=1.0, dim=3)) == OddConfig(dim=3)
-    assert inherit(OddConfig(), NormConfig(eps=1.0)) == OddConfig()  # an unset field is not taken over
+    assert inherit(OddConfig(), TreeNormConfig(eps=1.0, dim=3)) == OddConfig(dim=3)
+    assert inherit(OddConfig(), TreeNormConfig(eps=1.0)) == OddConfig()  # an unset field is not taken over
 
 
 # transform and modifiers
@@ -323,10 +323,10 @@ def test_transform_visits_children_first_and_leaves_what_is_chosen():
 
     def visit(cfg: Config) -> Config:
         seen.append(type(cfg).__name__)
-        return cfg.set(dim=3) if isinstance(cfg, NormConfig) else cfg
+        return cfg.set(dim=3) if isinstance(cfg, TreeNormConfig) else cfg
 
     new = transform(LayerConfig(name="x"), visit)
-    assert seen == ["HeadsConfig", "NormConfig", "LayerConfig"]
+    assert seen == ["HeadsConfig", "TreeNormConfig", "LayerConfig"]
     assert new.norm.dim == 3
     assert new.chosen == {"name"}
 
@@ -359,7 +359,7 @@ def test_modifiers_chain_in_order():
 def test_traverse_gives_every_config_with_its_path():
     paths = {path: type(cfg).__name__ for path, cfg in traverse(BASE)}
     assert paths[""] == "ModelConfig"
-    assert paths["layers.1.norm"] == "NormConfig"
+    assert paths["layers.1.norm"] == "TreeNormConfig"
     assert list(paths)[:3] == ["", "first", "first.heads"]
 
 
@@ -369,19 +369,19 @@ def test_diff_names_each_path_that_differs():
     assert diff(BASE, new) == [
         "first.mood: calm -> Wild",
         "layers.1.norm.dim: REQUIRED -> 3",
-        f"final_norm: {NormConfig.TYPE!r} -> {ScaledNormConfig.TYPE!r}",
+        f"final_norm: {TreeNormConfig.TYPE!r} -> {ScaledNormConfig.TYPE!r}",
         "final_norm.power: (absent) -> 2",
     ]
 
 
 def test_config_text_shows_every_field():
-    assert config_text(LayerConfig(norms=(NormConfig(dim=2),), grid=((1,), ()))) == (
+    assert config_text(LayerConfig(norms=(TreeNormConfig(dim=2),), grid=((1,), ()))) == (
         f"""\
 config: {LayerConfig.TYPE}
   heads: {HeadsConfig.TYPE}
     num_heads: 8
     num_groups: 4
-  norm: {NormConfig.TYPE}
+  norm: {TreeNormConfig.TYPE}
     dim: REQUIRED
     eps: 1e-05
   extra_norm: None
@@ -395,7 +395,7 @@ config: {LayerConfig.TYPE}
   labels: ()
   grid: ((1,), ())
   norms:
-    0: {NormConfig.TYPE}
+    0: {TreeNormConfig.TYPE}
       dim: 2
       eps: 1e-05
 """

@@ -187,7 +187,7 @@ def test_what_a_holder_should_set_is_not_filled_in_for_it():
     cfg = fill_required(Holder.Config(), {"hidden_dim": 24, "dim": 16, "input_dim": 16})
     assert cfg.norm == Norm.Config()
     assert cfg.input_dim is REQUIRED
-    with pytest.raises(ConfigError, match=r"norm\.dim of Config is required and was not set"):
+    with pytest.raises(ConfigError, match=r"norm\.dim of Holder\.Config is required and was not set"):
         check_conformance(cfg)
 
 

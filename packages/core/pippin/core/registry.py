@@ -20,6 +20,11 @@ def type_name(cls: type[Any]) -> str:
     return f"{package}.{name.removesuffix('Config').removesuffix('.') or name}"
 
 
+def short_name(cls: type[Any]) -> str:
+    """A class's name in a message: with that of the class around it, as there are many that are named Config."""
+    return cls.__qualname__.rpartition("<locals>.")[2]
+
+
 def register(cls: type[Any]) -> None:
     """Adds a config class under its `TYPE`. A class that is declared again replaces itself.
 

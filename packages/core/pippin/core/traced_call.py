@@ -93,7 +93,7 @@ class TracedCalls:
 
         jax.eval_shape(run, self.params, inputs)
         if problems:
-            raise problems[0]
+            raise ConfigError(str(problems[0])) from problems[0].__cause__
 
     def _bound_by(self, given: list[pb.Tensor], chosen: frozenset[str]) -> dict[str, Any]:
         """The sizes of the symbols, and the dtype, that a call's inputs and the config decide."""
