@@ -91,6 +91,15 @@ def test_a_sliding_window_cache_holds_a_window_and_no_more():
     assert cache.init(2, 3, jnp.dtype(jnp.float32))["k"].shape == (2, 3, 1, _H)
 
 
+def test_of_more_tokens_than_a_window_the_last_stay_whatever_the_order_of_the_writes():
+    cache = SlidingWindowCacheConfig(num_kv_heads=1, head_dim=_H, window=2).build()
+    at = jnp.array([[5, 4, 3, 2, 1, 0]], jnp.int32)  # on a GPU, writes to one slot come in any order
+    k = jnp.asarray(normal(1, 6, 1, _H))
+    state, _ = jax.jit(cache.extend)(cache.init(1, 10, jnp.dtype(jnp.float64)), k, k, at)
+    assert state["positions"].tolist() == [[4, 5]]
+    assert_exact(state["k"], k[:, [1, 0]])
+
+
 def test_a_full_cache_drops_what_lies_beyond_it_and_keeps_the_rest():
     cache = FullCacheConfig(num_kv_heads=1, head_dim=_H).build()
     k = jnp.asarray(normal(1, 4, 1, _H))
