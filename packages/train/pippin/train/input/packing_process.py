@@ -10,8 +10,9 @@ import tempfile
 from pathlib import Path
 
 from pippin.core.component import to_text
+from pippin.core.config import Config
 from pippin.core.config_tree import traverse
-from pippin.core.errors import DataError
+from pippin.core.errors import ConfigError, DataError
 from pippin.train.input.config import TextInputConfig
 
 _ENVIRONMENT = {
@@ -22,13 +23,33 @@ _ENVIRONMENT = {
 }
 
 
+def config_modules(cfg: Config) -> dict[str, str]:
+    """The modules that declare the configs of a tree, by name, each with its file.
+
+    Raises:
+        ConfigError: one is the script that runs, or was typed in: no other process can import it.
+    """
+    found = {}
+    for path, part in traverse(cfg):
+        name = type(part).__module__
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if name == "__main__" or file is None:
+            raise ConfigError(
+                f"input{f'.{path}' if path else ''} is a {type(part).__name__}, declared in {file or name}: the script that runs. "
+                "A process of its own packs the text, and has to import it. Move the class into a module, or into "
+                "the file that --recipe-file names."
+            )
+        found[name] = os.path.abspath(file)
+    return found
+
+
 class PackingProcess:
     """A process that makes the tokenizer and the stores of a config, started now; see `worker`."""
 
     def __init__(self, cfg: TextInputConfig, cache_dir: Path, tokenizer_dir: Path | None):
         job = {
             "config": to_text(cfg),
-            "modules": sorted({type(part).__module__ for _, part in traverse(cfg)}),
+            "modules": config_modules(cfg),
             "cache_dir": str(cache_dir),
             "tokenizer_dir": str(tokenizer_dir) if tokenizer_dir else None,
         }

@@ -1,5 +1,6 @@
 """The input with its process, from text to batches, and what happens when either dies."""
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +50,17 @@ while source._packing is None:
 print(source._packing.pid, flush=True)
 next(source)
 time.sleep(60)
+"""
+
+_RECIPE_FILE = """
+from pippin.train.input.config import FilesConfig
+from pippin.train.input.sources import FilesSource
+
+class MineConfig(FilesConfig, implementation="my_recipes:Mine", provides="text_source"):
+    pass
+
+class Mine(FilesSource):
+    Config = MineConfig
 """
 
 _ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -167,6 +180,29 @@ def test_the_last_words_of_the_process_are_told(tmp_path: Path) -> None:
         while True:
             process.check()
             time.sleep(0.02)
+
+
+def test_a_source_declared_in_a_file_of_recipes_is_found(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", ["abc", "de", "fgh"] * 5)
+    (tmp_path / "my_recipes.py").write_text(_RECIPE_FILE)
+    sys.modules["my_recipes"] = recipes = _load("my_recipes", tmp_path / "my_recipes.py")
+    try:
+        task = TaskConfig(name="a", source=recipes.MineConfig(glob=str(tmp_path / "a.jsonl")))
+        cfg = input_config(tmp_path, {"a": "a.jsonl"}).set(mixture=MixtureConfig(tasks=(task,)))
+        with closing(cfg.build(cache_dir=tmp_path / "cache")) as source:
+            assert next(source)["tokens"].shape == (2, 4)
+            assert source.summary()[0].task == "a"
+    finally:
+        del sys.modules["my_recipes"]
+
+
+def _load(name: str, path: Path) -> Any:
+    """Loads a file as `pippin.train.recipe.load_file` does: `import` does not find it."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_input_that_must_not_be_lost_is_an_error(tmp_path: Path) -> None:

@@ -46,6 +46,11 @@ class PlannedStore:
     depends_on: dict[str, object]  # all that the rows depend on, by name
     directory: Path
 
+    @property
+    def rejected_file(self) -> Path:
+        """The file that names everything that was rejected, a line each."""
+        return self.directory / "rejected.txt"
+
     def complete(self) -> bool:
         """Whether it needs no work."""
         index = read_index(self.directory)

@@ -2,8 +2,8 @@
 
 A file is a sequence of units: rows, or blocks of a text file. One in every so
 many units is held out from training; which ones depends on the file's name and
-the unit's number alone. Each pass sees the units of one side, so that a defect
-is counted once.
+the unit's number alone, unless files are held out whole (`Split.of_files`). Each
+pass sees the units of one side, so that a defect is counted once.
 
 No file is held in memory whole, except as its format demands: a row of JSON,
 and the row group of a parquet file.
@@ -17,9 +17,10 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,13 +59,26 @@ class Split:
 
     heldout: bool
     every: int
+    heldout_files: frozenset[TextFile] | None = None  # held out whole, and no others; None: by unit
 
     @property
     def name(self) -> str:
         return "heldout" if self.heldout else "train"
 
+    def of_files(self, files: Iterable[TextFile]) -> Split:
+        """This side, where whole files are held out: ceil(n / every) of n, at least one.
+
+        They are those of the smallest numbers. A number depends on the file's name
+        alone, so one file more or less moves at most one other to the other side.
+        """
+        ranked = sorted(set(files), key=lambda file: (file.number, file.name))
+        held = frozenset(ranked[: math.ceil(len(ranked) / self.every)])
+        return dataclasses.replace(self, heldout_files=held)
+
     def has(self, file: TextFile, unit: int) -> bool:
         """Whether a unit of a file, counted from 0, is on this side."""
+        if self.heldout_files is not None:
+            return (file in self.heldout_files) == self.heldout
         return ((file.number + unit) % self.every == 0) == self.heldout
 
 

@@ -259,4 +259,14 @@ def test_all_rejects_are_listed_and_the_first_are_named(tmp_path: Path) -> None:
     assert len((tmp_path / "rejected.txt").read_text().splitlines()) == 100
     text = rejects.report.text()
     assert text.startswith("0 documents, 0.0 MB; rejected: 100 broken JSON\n")
-    assert text.endswith("\n  and 80 more")
+    assert len(text.splitlines()) == 5 and text.endswith("\n  and 97 more")
+    assert rejects.report.text("a/list.txt").endswith("\n  and 97 more; all are named in a/list.txt")
+
+
+def test_few_rejects_are_all_named_and_no_list_is(tmp_path: Path) -> None:
+    file = _file(tmp_path / "a.jsonl", b"{\n" * 3)
+    rejects = Rejects()
+    for split in _SIDES:
+        assert not list(read_jsonl(file, split, rejects, field="text"))
+    text = rejects.report.text("a/list.txt")
+    assert len(text.splitlines()) == 4 and "more" not in text

@@ -22,7 +22,8 @@ class Defect(StrEnum):
     DAMAGED = "damaged file"
 
 
-_NAMED = 20  # rejects that a report names; all of them are counted and listed in the file
+_KEPT = 20  # rejects that a report remembers; all of them are counted and listed in the file
+_NAMED = 3  # of those, how many its text names
 
 
 @dataclasses.dataclass
@@ -45,14 +46,19 @@ class ReadReport:
         """The report of `to_json`."""
         return cls(**value)
 
-    def text(self) -> str:
-        """One line, and one more for each reject that is named."""
+    def text(self, listing: str | None = None) -> str:
+        """One line, one more for each of the first rejects, and one that says how many there are beyond them.
+
+        Args:
+            listing: the file that names all of them, told where the text does not.
+        """
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(self.rejected.items())) or "none"
         head = f"{self.documents} document{'' if self.documents == 1 else 's'}, {self.bytes / 1e6:.1f} MB; rejected: {counts}"
-        more = sum(self.rejected.values()) - len(self.examples)
-        return "\n".join(
-            [head, *(f"  {e}" for e in self.examples), *([f"  and {more} more"] if more > 0 else [])]
-        )
+        named = self.examples[:_NAMED]
+        lines = [head, *(f"  {example}" for example in named)]
+        if more := sum(self.rejected.values()) - len(named):
+            lines.append(f"  and {more} more" + (f"; all are named in {listing}" if listing else ""))
+        return "\n".join(lines)
 
 
 class Rejects:
@@ -91,7 +97,7 @@ class Rejects:
                 f"{line}. Mend or remove it, or set bad_input=skip to count such input and go on."
             )
         self.report.rejected[defect] = self.report.rejected.get(defect, 0) + 1
-        if len(self.report.examples) < _NAMED:
+        if len(self.report.examples) < _KEPT:
             self.report.examples.append(line)
         if self._listing:
             self._listing.write(line + "\n")

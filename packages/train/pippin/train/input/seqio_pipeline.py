@@ -183,8 +183,7 @@ def pack(
     rejects = {}
     for store in stores:
         store.directory.mkdir(parents=True, exist_ok=True)
-        listing = store.directory / "rejected.txt"
-        rejects[store.task.name, store.split.name] = Rejects(fatal=fatal, listing=listing)
+        rejects[store.task.name, store.split.name] = Rejects(fatal=fatal, listing=store.rejected_file)
     tasks = {store.task.name: store.task for store in stores}
     splits = {store.split.name: store.split for store in stores}
     mixture = register(list(tasks.values()), tokenizer, list(splits.values()), rejects)

@@ -82,6 +82,10 @@ class FilesSource:
 
     A row is one document; of a text file, the whole or, where there are too few
     text files to hold some of them out, the run of blocks between held-out ones.
+
+    Of the rows or blocks of a file, one in `Split.every` is held out. Of
+    `2 * Split.every` text files or more, whole ones are (`Split.of_files`): always
+    two at least, and one file more or less moves at most one other.
     """
 
     Config = FilesConfig
@@ -113,15 +117,17 @@ class FilesSource:
         return _in_stable_order(found, Path(os.path.commonpath([p.parent for p in found])))
 
     def settings(self) -> dict[str, object]:
-        return {"text_field": self._cfg.text_field}
+        return {"text_field": self._cfg.text_field, "heldout_texts": "by rank"}
 
     def parts(self, files: Sequence[TextFile], split: Split, rejects: Rejects) -> Iterator[Part]:
         """The texts of the files."""
         texts = [file for file in files if file.path.suffix == ".txt"]
-        block_bytes = None if len(texts) >= 2 * split.every else _block_bytes(texts, split)
+        whole = len(texts) >= 2 * split.every
+        block_bytes = None if whole else _block_bytes(texts, split)
+        side = split.of_files(texts) if whole else split
         for file in files:
             if file.path.suffix == ".txt":
-                yield from read_text(file, split, rejects, block_bytes=block_bytes)
+                yield from read_text(file, side, rejects, block_bytes=block_bytes)
             elif file.path.suffix == ".parquet":
                 yield from read_parquet(file, split, rejects, field=self._cfg.text_field)
             else:

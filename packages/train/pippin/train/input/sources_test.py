@@ -1,3 +1,4 @@
+import math
 import os
 import sysconfig
 from pathlib import Path
@@ -6,7 +7,7 @@ import pytest
 
 from pippin.core.errors import DataError
 from pippin.train.input.config import FilesConfig, StdlibConfig
-from pippin.train.input.reading import Part, Split
+from pippin.train.input.reading import Part, Split, TextFile
 from pippin.train.input.rejects import Rejects
 from pippin.train.input.sources import content_digest
 from pippin.train.input.testing import write_rows
@@ -79,6 +80,27 @@ def test_many_texts_are_held_out_whole(tmp_path: Path) -> None:
     parts = [part for side in (False, True) for part in source.parts(files, Split(side, 20), rejects)]
     assert sorted(part.text for part in parts) == sorted(f"text {i}\n" * 300 for i in range(40))
     assert all(part == Part(part.text) for part in parts)
+    assert len(_documents(source, files, Split(True, 20))) == 2
+
+
+@pytest.mark.parametrize("count", [40, 41, 59, 60, 61, 90])
+def test_so_many_texts_are_held_out_as_they_are_many(tmp_path: Path, count: int) -> None:
+    for seed in range(10):  # names that would all be on one side by chance
+        files = [TextFile(tmp_path / f"{seed}-{i}.txt", f"{seed}-{i}.txt") for i in range(count)]
+        heldout, train = (Split(side, 20).of_files(files) for side in (True, False))
+        held = [file for file in files if heldout.has(file, 0)]
+        assert len(held) == math.ceil(count / 20)
+        assert [file for file in files if not train.has(file, 0)] == held
+
+
+def test_a_text_more_moves_at_most_one_other(tmp_path: Path) -> None:
+    files = [TextFile(tmp_path / f"{i}.txt", f"{i}.txt") for i in range(120)]
+    before: set[TextFile] = set()
+    for count in range(40, 120):
+        split = Split(True, 20).of_files(files[:count])
+        now = {file for file in files[:count] if split.has(file, 0)}
+        assert count == 40 or len((now ^ before) - {files[count - 1]}) <= 1
+        before = now
 
 
 def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pippin.train.input.packing import SEGMENTS, TARGETS, to_batch
 from pippin.train.input.packing_process import PackingProcess
 from pippin.train.input.plan import Plan, PlannedStore
 from pippin.train.input.prefetch import Prefetch
+from pippin.train.input.preflight import require_ready
 from pippin.train.input.rejects import ReadReport
 from pippin.train.input.sample_state import decode_state, encode_state
 from pippin.train.input.store import StoreReader
@@ -43,11 +44,11 @@ class StoreSummary:
     rejected_file: str  # names everything that was rejected, a line each
 
     def text(self) -> str:
-        """A line of counts, and one more for each reject that is named."""
+        """A line of counts, and a few on what was rejected: the first by name, and where all are named."""
         state = "" if self.complete else " (so far)"
         return (
             f"{self.task}/{self.split}{state}: {self.tokens} tokens in {self.rows} rows, "
-            f"{self.padding:.1%} padding; {self.report.text()}"
+            f"{self.padding:.1%} padding; {self.report.text(self.rejected_file)}"
         )
 
 
@@ -82,7 +83,9 @@ class TextInput:
         cache_dir: where the tokenizer and the packed rows are kept; see `default_cache_dir`.
 
     Raises:
-        ConfigError: the batch cannot be shared evenly.
+        ConfigError: the batch cannot be shared evenly, or `require_ready` refuses the config: at
+            once, before anything is started.
+        DataError: likewise, where a file or a directory is at fault.
     """
 
     Config = TextInputConfig
@@ -101,11 +104,11 @@ class TextInput:
                 f"TextInputConfig.batch_size ({cfg.batch_size}) must be a multiple of the number of processes "
                 f"({process_count}), which share each batch. Set batch_size to a multiple of it."
             )
-        self.wait_seconds = 0.0  # that `next` has waited for, the first batch included
         self._cfg = cfg
         self._process_index, self._process_count = process_index, process_count
         self._tokenizer_dir = tokenizer_dir
         self._cache_dir = cache_dir or default_cache_dir()
+        require_ready(cfg, self._cache_dir, tokenizer_dir)
         self._packing: PackingProcess | None = None
         self._closed, self._starting = threading.Event(), threading.Lock()
         self._tokenizer_ready: Future[Path] = Future()
@@ -123,9 +126,7 @@ class TextInput:
         Raises:
             DataError: the text cannot be used, or the process that packs it has died.
         """
-        started = time.monotonic()
         batch, self._state = next(self._batches)
-        self.wait_seconds += time.monotonic() - started
         return batch
 
     def state(self) -> bytes:
@@ -223,7 +224,7 @@ class TextInput:
                         tokens=index.tokens,
                         padding=index.padding(self._cfg.sequence_length),
                         report=index.report,
-                        rejected_file=str(store.directory / "rejected.txt"),
+                        rejected_file=str(store.rejected_file),
                     )
                 )
         return summaries
@@ -302,6 +303,6 @@ def _require_allowed(bad_input: BadInput, store: PlannedStore, reader: StoreRead
     index = reader.peek()
     if bad_input is BadInput.FATAL and index is not None and index.report.rejected:
         raise DataError(
-            f"task {store.task.name!r} has input that cannot be used: {index.report.text()}\n"
+            f"task {store.task.name!r} has input that cannot be used: {index.report.text(str(store.rejected_file))}\n"
             "Mend or remove it, or set bad_input=skip to go on without."
         )

@@ -14,7 +14,7 @@ accelerator belongs to the parent: none is visible here.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -54,8 +54,8 @@ def _die_with_parent() -> None:
 
 
 def _run(job: dict[str, Any]) -> None:
-    for module in job["modules"]:
-        importlib.import_module(module)  # registers the configs of the tree
+    for name, file in job["modules"].items():
+        _import(name, file)  # registers the configs of the tree
     cfg = from_text(job["config"])
     assert isinstance(cfg, TextInputConfig)
     plan = Plan(cfg, Path(job["cache_dir"]), Path(job["tokenizer_dir"]) if job["tokenizer_dir"] else None)
@@ -73,6 +73,22 @@ def _run(job: dict[str, Any]) -> None:
             tokenizer, fatal = load_tokenizer(plan.tokenizer_dir), cfg.bad_input is BadInput.FATAL
             # Once training can start, it goes first.
             seqio_pipeline.pack(stores, tokenizer, fatal=fatal, begun=_yield_processor)
+
+
+def _import(name: str, file: str) -> None:
+    """Imports a module by its name or, where that does not lead to its file, from there: a user's recipes."""
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:  # of the package around it
+        found = None
+    if found is not None and found.origin is not None and os.path.abspath(found.origin) == file:
+        importlib.import_module(name)
+        return
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # the config's implementation is looked up by this name
+    spec.loader.exec_module(module)
 
 
 def _yield_processor() -> None:
