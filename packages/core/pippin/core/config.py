@@ -37,6 +37,7 @@ from pippin.core.config_field import (
     Slot,
     check_value,
     field_hints,
+    size_fields,
     union_members,
 )
 from pippin.core.errors import ConfigError
@@ -106,8 +107,12 @@ class Config(Node):
             require_field(cls, name)
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name, hint in field_hints(cls).items():
-            value = fields.get(name, defaults[name])
-            object.__setattr__(self, name, check_value(f"{short_name(cls)}.{name}", value, hint))
+            value = check_value(f"{short_name(cls)}.{name}", fields.get(name, defaults[name]), hint)
+            if name in size_fields(cls) and isinstance(value, int) and value < 1:
+                raise ConfigError(
+                    f"{short_name(cls)}.{name} is {value}. Set it to 1 or more: it is the size of a dim."
+                )
+            object.__setattr__(self, name, value)
         # What the caller chose, as against defaults: `replace` must not overwrite it.
         object.__setattr__(self, "_chosen", frozenset(fields))
         # Survives `set`, so that an error can name the path of a template that its parent filled in.

@@ -80,6 +80,15 @@ def field_hints(cls: type[Node]) -> dict[str, Any]:
     return fields
 
 
+@functools.cache
+def size_fields(cls: type[Node]) -> frozenset[str]:
+    """The fields that are the size of a dim, says the interface that a config provides."""
+    settings = (
+        _require_interface(f"{short_name(cls)} provides", cls.PROVIDES).settings if cls.PROVIDES else ()
+    )
+    return frozenset(s.field for s in settings if s.symbol)
+
+
 def union_members(hint: Any) -> tuple[Any, ...]:
     """The alternatives of a union annotation; the annotation itself where it is not a union."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

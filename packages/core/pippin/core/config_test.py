@@ -457,6 +457,16 @@ def test_a_config_has_the_fields_that_holders_of_its_interface_set(
         cls()
 
 
+@pytest.mark.parametrize("dim", [0, -3])
+def test_the_size_of_a_dim_is_at_least_one(dim: int):
+    with pytest.raises(
+        ConfigError, match=rf"ToyNormConfig\.dim is {dim}\. Set it to 1 or more: it is the size of a dim"
+    ):
+        ToyNormConfig(dim=dim)
+    with pytest.raises(ConfigError, match="it is the size of a dim"):
+        ToyNormConfig().set(dim=dim)
+
+
 def test_importing_configs_needs_no_jax_and_takes_milliseconds():
     program = """
 import sys, time

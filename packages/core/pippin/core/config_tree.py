@@ -232,9 +232,9 @@ def replace[T: Config](cfg: T, kind: type, new: Config | Callable[[Config], Conf
         raise ConfigError(
             f"replace got {kind!r} as the kind to replace. Give it a config class, such as FeedForwardConfig."
         )
-    if isinstance(new, type):
+    if isinstance(new, type) or not (isinstance(new, Config) or callable(new)):
         raise ConfigError(
-            f"replace got the class {short_name(new)} as new. Give it a config: {short_name(new)}(...)."
+            f"replace got {new!r} as new. Give it a config, such as MoEConfig(...), or a function from the old one."
         )
     found = 0
 

@@ -63,7 +63,7 @@ def import_configs() -> list[str]:
 
 
 def lookup(name: str) -> type[Any]:
-    """The config class of a type name; its last part is enough where it is unique.
+    """The config class of a type name; its last part, or the class's name, is enough where it is unique.
 
     Those of pippin's own packages are imported if need be. A module of yours is
     not: a name that stands in a file never makes Python run other code.
@@ -75,7 +75,7 @@ def lookup(name: str) -> type[Any]:
         import_configs()
     if name in _TYPES:
         return _TYPES[name]
-    found = [t for t in sorted(_TYPES) if t.rpartition(".")[2] == name]
+    found = [t for t in sorted(_TYPES) if t.rpartition(".")[2] in (name, name.removesuffix("Config"))]
     if len(found) == 1:
         return _TYPES[found[0]]
     if found:

@@ -17,6 +17,7 @@ def test_a_type_is_found_by_its_full_name_and_by_its_last_part():
     assert SpoonConfig.TYPE in registry()
     assert lookup(SpoonConfig.TYPE) is SpoonConfig
     assert lookup(SpoonConfig.TYPE.rpartition(".")[2]) is SpoonConfig
+    assert lookup("MeshConfig") is lookup("pippin.core.Mesh")
 
 
 def test_a_name_that_two_packages_use_must_be_written_in_full():
