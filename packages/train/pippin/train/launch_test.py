@@ -68,7 +68,7 @@ def test_data_replaces_the_text(capsys: pytest.CaptureFixture[str]) -> None:
         (["--recipe", "stdlib_tny"], "did you mean 'stdlib_tiny'"),
         (["--set", "model.dimm=3"], "did you mean 'dim'"),
         (["--set", "steps"], "Write PATH=VALUE"),
-        (["--set", "model.decoder.layer.feed_forward=Mixture"], "no component type 'Mixture'"),
+        (["--set", "model.decoder.layer.feed_forward=Mixtral"], "no component type 'Mixtral'"),
         (
             ["--set", "model.decoder.layer.feed_forward=RMSNorm"],
             "takes a component that provides 'feed_forward'",
@@ -82,7 +82,7 @@ def test_mistakes_are_told_without_a_stack_trace(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     code, out, err = run(capsys, *arguments)
-    assert code == launch.EXIT_USAGE
+    assert code == launch.EXIT_ERROR
     assert not out and err.startswith("error: ")
     assert re.search(message, err), err
 
@@ -92,5 +92,5 @@ def test_a_directory_of_another_run_is_refused(capsys: pytest.CaptureFixture[str
 
     RunDirectory(tmp_path / "run").claim(get("stdlib_tiny").make())
     code, _, err = run(capsys, "--out", str(tmp_path / "run"), "--steps", "7")
-    assert code == launch.EXIT_USAGE
+    assert code == launch.EXIT_ERROR
     assert "steps: 600 -> 7" in err and "another --out" in err
