@@ -66,5 +66,5 @@ class Display:
         left = (now - self._started) / max(step - self._first, 1) * (self._total - step)
         self.say(
             f"step {step}/{self._total}  loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  "
-            f"{left / 60:.0f} min {left % 60:.0f} s left"
+            f"{round(left) // 60} min {round(left) % 60} s left"
         )

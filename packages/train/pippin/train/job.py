@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pippin.core.batch import Batch
-from pippin.core.tokenizer import copy_tokenizer, load_tokenizer
+from pippin.core.errors import ConfigError
+from pippin.core.tokenizer import load_tokenizer
 from pippin.train.display import Display
 from pippin.train.errors import Preempted
 from pippin.train.ledger import Bucket, Ledger
@@ -46,12 +47,12 @@ def run_job(cfg: TrainerConfig, out: Path, recipe: str, started: float | None = 
     """
     ledger = Ledger(started)
     run = RunDirectory(out)
-    run.claim(cfg)
     record = pb.RunRecord(job=recipe, started=_now(), outcome=pb.RUN_OUTCOME_RUNNING)
-    # A run that goes on keeps the tokenizer that it was started with.
-    source = cfg.input.build(tokenizer_dir=run.tokenizer if run.tokenizer.exists() else None)
+    # A run that goes on keeps the tokenizer that it was started with. Input that cannot be used is told
+    # here, before a directory is made.
+    source = cfg.input.build(tokenizer_dir=run.tokenizer if run.claimed_by(cfg) else None)
     try:
-        run.write_record(record)
+        run.claim(cfg)
         summary = _train(cfg, run, recipe, source, ledger, record)
         record.outcome = pb.RUN_OUTCOME_COMPLETED
         return summary
@@ -63,7 +64,8 @@ def run_job(cfg: TrainerConfig, out: Path, recipe: str, started: float | None = 
         source.close()
         record.ended = _now()
         record.ledger.CopyFrom(ledger.message())
-        run.write_record(record)
+        if record.devices:  # else the directory was never this job's: another one may be at work in it
+            run.write_record(record)
 
 
 def _train(
@@ -74,17 +76,24 @@ def _train(
     from pippin.train import loop
     from pippin.train.metric_writer import MetricWriter
 
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"this job has {jax.process_count()} processes; launch trains with one process, over all its devices. "
+            "Start it on one host."
+        )
     trainer = cfg.build(held_out=partial(_held_out, source))
-    record.devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     with ledger.into(Bucket.GOODPUT_BUCKET_COMPILE):
         step_fn = trainer.compile()
     with ledger.into(Bucket.GOODPUT_BUCKET_DATA):
         trainer.require_vocabulary(source.tokenizer.vocab_size)
-        if not run.tokenizer.exists():
-            copy_tokenizer(source.tokenizer_dir, run.tokenizer)
     with cfg.checkpointer.build(
         directory=run.checkpoints, component=cfg.model, recipe=recipe
     ) as checkpointer:
+        # The checkpointer holds the directory: from here on it is this job's alone.
+        record.devices = devices
+        run.write_record(record)
+        run.keep_tokenizer(source.tokenizer_dir)
         with ledger.into(Bucket.GOODPUT_BUCKET_RESTORE):
             state, samples, notes = loop.restore(trainer, checkpointer, source)
         state = trainer.init(run.tokenizer) if state is None else state
@@ -177,8 +186,9 @@ def fingerprint(state: TrainState, samples: bytes) -> str:
 
 
 def _held_out(source: Any, most: int) -> Iterator[Batch]:
-    """The first held-out batches, the same each time."""
-    return itertools.islice(source.eval_batches(), most)
+    """The first held-out batches, the same each time: one of each task in turn."""
+    rounds = itertools.zip_longest(*(source.eval_batches(task) for task in source.task_names))
+    return itertools.islice((batch for turn in rounds for batch in turn if batch is not None), most)
 
 
 def _now() -> str:

@@ -1,5 +1,6 @@
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,3 +180,28 @@ def test_two_jobs_in_one_directory_are_refused(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_kill_before_the_last_evaluation_does_not_stop_the_run_from_ending(tmp_path: Path) -> None:
+    cfg, run = toy_config(steps=8), RunDirectory(tmp_path / "run")
+    whole = run_job(cfg, run.path, "toy")
+    # As a kill between the last evaluation and the save of the last step leaves it.
+    shutil.rmtree(run.checkpoints / "8")
+    assert run_job(cfg, run.path, "toy").fingerprint == whole.fingerprint
+    assert [m["step"] for m in run.read_metrics() if m["kind"] == "held_out"] == [0, 6, 8]
+
+
+def test_a_directory_where_nothing_was_trained_takes_another_config(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="told to fail"):
+        run_job(toy_config(steps=8, fails_at=1), tmp_path / "run", "toy")
+    assert run_job(toy_config(steps=4), tmp_path / "run", "toy").trained > 0
+
+
+def test_a_finished_run_that_is_run_again_says_the_same(tmp_path: Path) -> None:
+    first = run_job(toy_config(steps=4), tmp_path / "run", "toy")
+    again = run_job(toy_config(steps=4), tmp_path / "run", "toy")
+    assert (again.fingerprint, again.trained, again.untrained) == (
+        first.fingerprint,
+        first.trained,
+        first.untrained,
+    )

@@ -25,9 +25,8 @@ from pippin.train.trainer_config import TrainerConfig
 
 DEFAULT_RECIPE = "stdlib_tiny"
 
-# Exit codes: sysexits.h, so that a launcher can tell what to do.
-EXIT_USAGE = 2  # the command or its input is wrong: running it again gives the same
-EXIT_PREEMPTED = 75  # asked to stop, and saved: run it again to go on
+EXIT_ERROR = 2  # something that the user can put right: the message says what
+EXIT_PREEMPTED = 75  # asked to stop, and saved: run it again to go on (EX_TEMPFAIL of sysexits.h)
 
 _EPILOG = """
 A run that was stopped goes on when the same command is run again. Examples:
@@ -48,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(args)
     except PippinError as e:
         print(f"error: {e}", file=sys.stderr)
-        return EXIT_USAGE
+        return EXIT_ERROR
+    except OSError as e:
+        print(f"error: {e}. Check the path, the permissions and the room on the disk.", file=sys.stderr)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -61,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"what to train (default: {DEFAULT_RECIPE})")
+    parser.add_argument("--recipe", help=f"what to train (default: {DEFAULT_RECIPE})")
     parser.add_argument(
         "--recipe-file", type=Path, metavar="FILE", help="a Python file of your own with an @recipe"
     )
@@ -97,7 +99,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.list:
         _print_list()
         return 0
-    name = added[0] if len(added) == 1 and args.recipe == DEFAULT_RECIPE else args.recipe
+    if args.recipe is None and len(added) > 1:
+        raise ConfigError(
+            f"{args.recipe_file} has several recipes. Choose with --recipe: {', '.join(added)}."
+        )
+    name = args.recipe or (added[0] if added else DEFAULT_RECIPE)
     cfg = configure(name, args.set, steps=args.steps, data=args.data, text_field=args.text_field)
     if args.print_config or args.print_proto:
         print(to_text(cfg) if args.print_proto else config_tree.config_text(cfg), end="")
@@ -174,7 +180,7 @@ def _next_commands(out: Path) -> str:
         "next\n"
         f"  {run} --set model.decoder.layer.feed_forward=MoE --out runs/moe   # another architecture\n"
         f"  {run} --data 'PATTERN' --out runs/mine                            # text of your own\n"
-        f"  tensorboard --logdir {out.parent}"
+        f"  tensorboard --logdir {out.parent}   # after pip install tensorboard"
     )
 
 

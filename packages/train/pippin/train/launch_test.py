@@ -90,7 +90,9 @@ def test_mistakes_are_told_without_a_stack_trace(
 def test_a_directory_of_another_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from pippin.train.run_directory import RunDirectory
 
-    RunDirectory(tmp_path / "run").claim(get("stdlib_tiny").make())
+    there = RunDirectory(tmp_path / "run")
+    there.claim(get("stdlib_tiny").make())
+    (there.checkpoints / "100").mkdir(parents=True)
     code, _, err = run(capsys, "--out", str(tmp_path / "run"), "--steps", "7")
     assert code == launch.EXIT_ERROR
     assert "steps: 600 -> 7" in err and "another --out" in err

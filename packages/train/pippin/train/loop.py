@@ -88,16 +88,17 @@ def run(
             log.add(step, metrics, batch)
             checkpointer.check()
             last = step == cfg.steps
+            # Measure before the save: a run that goes on from this step finds its metrics written.
+            _evaluate(trainer, step, state, writer, display, ledger, always=last)
             if last or stop.is_set() or checkpointer.should_save(step):
+                log.flush()
                 jax.block_until_ready(state)  # so that the ledger counts the step as a step
                 with ledger.into(Bucket.GOODPUT_BUCKET_CHECKPOINT):
                     checkpointer.save(step, state, {INPUT_STATE: source.state(), SAMPLES: samples})
-            _evaluate(trainer, step, state, writer, display, ledger, always=last)
             if stop.is_set() and not last:
                 with ledger.into(Bucket.GOODPUT_BUCKET_CHECKPOINT):
                     checkpointer.wait()
                 raise Preempted(f"stopped by a signal after step {step}, which is saved")
-    log.flush()
     with ledger.into(Bucket.GOODPUT_BUCKET_CHECKPOINT):
         checkpointer.wait()
     return state, samples
@@ -115,7 +116,7 @@ def _evaluate(
     for name, evaluator in trainer.evaluators.items():
         if always or evaluator.is_due(step):
             jax.block_until_ready(state)
-            with ledger.into(Bucket.GOODPUT_BUCKET_EVALUATION):
+            with ledger.into(Bucket.GOODPUT_BUCKET_EVALUATION), trainer.on_mesh():
                 values = evaluator(trainer.learner.ema(state.learner, state.params) or state.params)
             writer.write(name, step, values)
             if "perplexity" in values:

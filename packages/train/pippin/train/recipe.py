@@ -93,10 +93,11 @@ def load_file(path: Path) -> list[str]:
     if not path.is_file():
         raise ConfigError(f"--recipe-file got {path}, which is no file. Give it a .py file with an @recipe.")
     before = set(_RECIPES)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"pippin_recipe_file_{path.stem}"  # a file named json.py must not hide the library's module
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     added = sorted(set(_RECIPES) - before)
     if not added:

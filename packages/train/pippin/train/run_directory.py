@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from google.protobuf import text_format
 from google.protobuf.message import Message
 
 from pippin.core.component import from_text, to_text
+from pippin.core.config import Config
 from pippin.core.config_tree import diff
 from pippin.core.errors import ConfigError
+from pippin.core.tokenizer import copy_tokenizer
 from pippin.train.trainer_config import TrainerConfig
 
 _SHOWN_DIFFERENCES = 20
@@ -42,6 +45,10 @@ class RunDirectory:
         self.loss_plot = path / "loss.png"
         self.report = path / "report.html"
 
+    def claimed_by(self, cfg: TrainerConfig) -> bool:
+        """Whether the directory holds a run of this config, with its tokenizer."""
+        return self.tokenizer.exists() and self.config.exists() and self._read_config() == cfg
+
     def claim(self, cfg: TrainerConfig) -> bool:
         """Makes the directory for a run of this config; whether it held one already.
 
@@ -49,9 +56,15 @@ class RunDirectory:
             ConfigError: it holds a run of another config, or files that are no run's.
         """
         if self.config.exists():
-            theirs = from_text(self.config.read_text())
+            theirs = self._read_config()
             if theirs == cfg:
                 return True
+            if not any(self.checkpoints.glob("[0-9]*")):
+                # Nothing was trained yet: an attempt that failed early holds no directory.
+                write_text(self.config, to_text(cfg))
+                shutil.rmtree(self.tokenizer, ignore_errors=True)
+                self.trim_metrics(-1)
+                return False
             lines = diff(theirs, cfg)
             more = (
                 [f"... and {len(lines) - _SHOWN_DIFFERENCES} more"] if len(lines) > _SHOWN_DIFFERENCES else []
@@ -61,7 +74,10 @@ class RunDirectory:
                 + "\n  ".join(lines[:_SHOWN_DIFFERENCES] + more)
                 + "\nA run goes on with its own config only. Give this one another --out, or remove the directory."
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and not (
+            # A name with a dot is a file that a kill left half-written.
+            self.path.is_dir() and all(p.name.startswith(".") for p in self.path.iterdir())
+        ):
             raise ConfigError(
                 f"--out {self.path} is not empty and holds no run (no {self.config.name}). "
                 "Give an empty or new directory, so that nothing is overwritten."
@@ -69,6 +85,23 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, to_text(cfg))
         return False
+
+    def _read_config(self) -> Config:
+        try:
+            return from_text(self.config.read_text())
+        except ConfigError as e:
+            raise ConfigError(
+                f"{self.config} cannot be read: {e} Restore it from a copy, or give another --out."
+            ) from None
+
+    def keep_tokenizer(self, source: Path) -> None:
+        """Copies a tokenizer into the run, whole or not at all, unless it has one."""
+        if self.tokenizer.exists():
+            return
+        temporary = self.path / ".tokenizer.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        copy_tokenizer(source, temporary)
+        temporary.rename(self.tokenizer)
 
     def trim_metrics(self, last_step: int) -> None:
         """Drops the lines of steps after `last_step`, which will be done again, and a half-written last one."""

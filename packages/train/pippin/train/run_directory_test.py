@@ -17,8 +17,25 @@ def test_the_first_claim_makes_the_directory_and_the_next_finds_it(tmp_path: Pat
 def test_another_config_is_refused_with_the_difference(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.claim(toy_config())
+    (run.checkpoints / "4").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"learner.learning_rate: 0.01 -> 0.5(.|\n)*another --out"):
         run.claim(override(toy_config(), {"learner.learning_rate": 0.5}))
+
+
+def test_a_directory_where_nothing_was_trained_takes_another_config(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.claim(toy_config())
+    other = override(toy_config(), {"learner.learning_rate": 0.5})
+    assert not run.claim(other)
+    assert run.claim(other)
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.claim(toy_config())
+    run.config.write_text("damaged")
+    with pytest.raises(ConfigError, match=r"trainer\.textproto cannot be read"):
+        run.claim(toy_config())
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -72,10 +72,10 @@ def _quoted(text: str, mark: str = "  ") -> str:
 def time_line(ledger: pb.GoodputLedger) -> str:
     """Where the time went, such as `182 s: 90% training, 1% waiting for input`."""
     wall = max(ledger.wall_seconds, 1e-9)
-    parts = sorted(((e.seconds, e.bucket) for e in ledger.entries), reverse=True)
-    shares = ", ".join(
-        f"{100 * s / wall:.0f}% {_NAMES.get(b, 'other')}" for s, b in parts if s / wall >= 0.005
-    )
+    parts = sorted(((e.seconds / wall, e.bucket) for e in ledger.entries), reverse=True)
+    # How long training waited for input is always said.
+    shown = [(share, b) for share, b in parts if share >= 0.005 or b == Bucket.GOODPUT_BUCKET_DATA]
+    shares = ", ".join(f"{100 * s:.{0 if s >= 0.005 else 1}f}% {_NAMES.get(b, 'other')}" for s, b in shown)
     return f"{wall:.0f} s: {shares}"
 
 

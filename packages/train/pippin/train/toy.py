@@ -50,7 +50,9 @@ class CountingInput(Configurable):
     def close(self) -> None:
         pass
 
-    def eval_batches(self) -> Iterator[Batch]:
+    task_names = ("counting",)
+
+    def eval_batches(self, task: str) -> Iterator[Batch]:
         return (self._batch(10**6 + i) for i in range(2))
 
     def token_counts(self, vocab_size: int) -> np.ndarray:

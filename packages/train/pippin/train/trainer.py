@@ -1,5 +1,7 @@
 """The parts of a training run, built from its config and put on the mesh. The order of things is in loop.py."""
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from pippin.core.batch import Batch
-from pippin.core.errors import ConfigError
+from pippin.core.errors import ConfigError, ShardingError
 from pippin.core.module import Params, flatten_params, parameter_infos, split, unflatten_params
 from pippin.core.sharding import use_mesh
 from pippin.core.tokenizer import tokenizer_digest
@@ -52,6 +54,7 @@ class Trainer:
         }
         self._sharding = self._state_shardings(shapes)
         self._batch_sharding = self._named(("batch", "sequence"))
+        _require_even_batch(cfg, self.mesh)
 
     @property
     def num_params(self) -> int:
@@ -111,10 +114,12 @@ class Trainer:
         }
         step = make_step(self.definition, self.learner, self.cfg.learner.microbatches)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self._sharding, None))
-        if self.mesh.size == 1:
+        with self.on_mesh():
             return jitted.lower(self.template, batch).compile()
-        with use_mesh(self.cfg.mesh, self.mesh):
-            return jitted.lower(self.template, batch).compile()
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[None]:
+        """Where the model is traced: splits activations over the mesh, if it has several devices."""
+        return contextlib.nullcontext() if self.mesh.size == 1 else use_mesh(self.cfg.mesh, self.mesh)
 
     def place(self, batch: Batch) -> Batch:
         """A batch of this process's rows, on the devices."""
@@ -158,3 +163,15 @@ _BATCH_DTYPES = {
     "segment_ids": jnp.int32,
     "loss_weights": jnp.float32,
 }
+
+
+def _require_even_batch(cfg: TrainerConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises `ShardingError` unless every device gets the same number of rows in every microbatch."""
+    axes = next((rule.mesh for rule in cfg.mesh.rules if rule.logical == "batch"), ())
+    ways = math.prod(mesh.shape[axis] for axis in axes) * cfg.learner.microbatches
+    if cfg.input.batch_size % ways:
+        raise ShardingError(
+            f"input.batch_size ({cfg.input.batch_size}) must be a multiple of {ways}: the mesh splits it over "
+            f"{ways // cfg.learner.microbatches} devices, and the learner into {cfg.learner.microbatches} microbatches. "
+            f"Set input.batch_size to a multiple of {ways}, or make the mesh smaller."
+        )

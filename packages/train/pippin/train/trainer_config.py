@@ -41,6 +41,10 @@ class TrainerConfig(Config, implementation="pippin.train.trainer:Trainer", provi
     log_every_steps: int = 10
 
     def validate(self) -> None:
+        if not self.evaluators:
+            raise ConfigError(
+                "Trainer: evaluators is empty, so a run could not say what it learned. Give it one."
+            )
         for name in ("steps", "log_every_steps"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
