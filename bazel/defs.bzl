@@ -72,7 +72,7 @@ def py_module(
         test_data: what only the test reads or runs.
         test_env: the test's environment.
         test_peers: targets of @peers (transformers, torch): see py_test.
-        test_size: small is a minute at most, medium five, large fifteen.
+        test_size: small is two minutes at most, medium ten, large thirty.
         test_tags: the test's tags.
         testonly: only tests may depend on it.
         visibility: who may depend on it.

@@ -246,7 +246,7 @@ def py_test(name, deps = [], peers = [], size = "medium", **kwargs):
         name: the target's name.
         deps: what it imports, pytest aside.
         peers: targets of @peers. PIPPIN_PEERS_PYTHON names the interpreter that imports them.
-        size: its time limit: small is a minute, medium five, large fifteen.
+        size: its time limit: small is two minutes, medium ten, large thirty (.bazelrc).
         **kwargs: see the rule.
     """
     _py_test(
