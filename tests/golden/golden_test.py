@@ -32,6 +32,8 @@ def test_a_changed_default_is_shown_as_a_difference(tmp_path: Path) -> None:
     path = tmp_path / "stdlib_tiny.textproto"
     path.write_text(path.read_text().replace("int_value: 192", "int_value: 191"))
     found = golden.difference(path.name, path.read_text(), golden.texts()[path.name])
-    assert re.search(r"^-\s+int_value: 191$", found, re.M) and re.search(r"^\+\s+int_value: 192$", found, re.M)
+    assert re.search(r"^-\s+int_value: 191$", found, re.MULTILINE) and re.search(
+        r"^\+\s+int_value: 192$", found, re.MULTILINE
+    )
     assert golden.update(tmp_path) == [path.name]
     assert golden.update(tmp_path) == []
