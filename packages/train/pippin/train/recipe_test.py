@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,13 +46,13 @@ def test_a_file_without_recipes_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_recipe_without_a_docstring_or_with_a_taken_name_is_refused() -> None:
-    def undocumented():
+    def undocumented() -> Any:
         return None
 
     with pytest.raises(ConfigError, match="has no docstring"):
         recipes.recipe(undocumented)
 
-    def stdlib_tiny():
+    def stdlib_tiny() -> Any:
         """Not the real one."""
 
     recipes.all_recipes()
