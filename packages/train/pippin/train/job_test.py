@@ -172,14 +172,14 @@ def test_a_model_with_fewer_vectors_than_the_tokenizer_has_ids_is_refused(tmp_pa
 
 
 def test_two_jobs_in_one_directory_are_refused(tmp_path: Path) -> None:
-    process = start(tmp_path / "run")
-    try:
-        wait_for(tmp_path / "run" / "checkpoints" / "4", process)
-        with pytest.raises(CheckpointError, match=r"(?i)another"):
-            run_job(toy_config(steps=12, seconds_a_batch=0.25), tmp_path / "run", "toy")
-    finally:
-        process.kill()
-        process.communicate()
+    cfg, run = toy_config(steps=1), RunDirectory(tmp_path / "run")
+    run.claim(cfg)
+    with (
+        cfg.checkpointer.build(directory=run.checkpoints, component=cfg.model),
+        pytest.raises(CheckpointError, match=r"(?i)another"),
+    ):
+        run_job(cfg, run.path, "toy")
+    assert not run.record.exists()  # it is the other job's to write
 
 
 def test_a_kill_before_the_last_evaluation_does_not_stop_the_run_from_ending(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def stdlib_tiny() -> TrainerConfig:
             schedule=CosineScheduleConfig(warmup_steps=40, final_ratio=0.05),
             rules=(RuleConfig(component="norm", weight_decay_scale=0.0),),
         ),
-        evaluators=(PerplexityConfig(every_steps=150, max_batches=8),),
-        checkpointer=CheckpointerConfig(every_steps=100, keep_last=2),
-        steps=600,
+        evaluators=(PerplexityConfig(every_steps=140, max_batches=8),),
+        checkpointer=CheckpointerConfig(every_steps=70, keep_last=2),
+        steps=420,
     )
