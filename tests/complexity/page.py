@@ -46,7 +46,7 @@ Watched: {results.files} files with {results.lines:,} lines, {results.functions:
 <p>All that a user writes, each with the imports that it needs:</p>
 {"".join(_modifier(feature) for feature in results.features)}
 <h2>Where packages name the features</h2>
-<p>No integration needs these lines. They are defaults, published models and file formats.</p>
+<p>No integration needs these lines. They are defaults, published models, file formats, and text of errors.</p>
 <pre>{_e(_mentions(results))}</pre>
 <h2>Definitions</h2>
 <pre>{_e(definitions)}</pre>

@@ -97,17 +97,18 @@ def run(
     return Run(_abstract(cfg), params, loss, metrics, logits, gradients)
 
 
-@functools.lru_cache(maxsize=8)
+# Kept for good: all features run the same models without them, and all of these are tiny.
+@functools.cache
 def _abstract(cfg: CausalLMConfig) -> Any:
     return nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0)))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 def _initialise(cfg: CausalLMConfig) -> Params:
     return jax.jit(lambda: split(cfg.build(rngs=nnx.Rngs(0)))[1], compiler_options=_QUICK)()
 
 
-@functools.lru_cache(maxsize=8)  # a model without a feature and with it, in each of a few threads
+@functools.cache
 def _program(cfg: CausalLMConfig, with_gradients: bool) -> Callable[..., Any]:
     definition, _ = split(_abstract(cfg))
 

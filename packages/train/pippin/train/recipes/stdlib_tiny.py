@@ -14,8 +14,8 @@ def stdlib_tiny() -> TrainerConfig:
 
     Source:   the architecture of AFM on-device, arXiv:2407.21075; sizes and learning rate are ours.
     Hardware: anything; 2 CPU cores are enough.
-    Expect:   a held-out perplexity of about EXPECTED_PERPLEXITY a token.
-    Time:     about 3 minutes on 2 CPU cores.
+    Expect:   a held-out perplexity of about 99 a token (untrained 6,751, unigrams 763).
+    Time:     about 3 minutes on 2 idle CPU cores.
     """
     return TrainerConfig(
         model=afm_on_device_2024(
