@@ -48,6 +48,7 @@ def run_job(cfg: TrainerConfig, out: Path, recipe: str, started: float | None = 
     ledger = Ledger(started)
     run = RunDirectory(out)
     record = pb.RunRecord(job=recipe, started=_now(), outcome=pb.RUN_OUTCOME_RUNNING)
+    run.check(cfg)
     # A run that goes on keeps the tokenizer that it was started with. Input that cannot be used is told
     # here, before a directory is made.
     source = cfg.input.build(tokenizer_dir=run.tokenizer if run.claimed_by(cfg) else None)

@@ -49,31 +49,18 @@ class RunDirectory:
         """Whether the directory holds a run of this config, with its tokenizer."""
         return self.tokenizer.exists() and self.config.exists() and self._read_config() == cfg
 
-    def claim(self, cfg: TrainerConfig) -> bool:
-        """Makes the directory for a run of this config; whether it held one already.
-
-        Raises:
-            ConfigError: it holds a run of another config, or files that are no run's.
-        """
+    def check(self, cfg: TrainerConfig) -> None:
+        """Raises `ConfigError` if the directory holds a run of another config, or files that are no run's."""
         if self.config.exists():
             theirs = self._read_config()
-            if theirs == cfg:
-                return True
-            if not any(self.checkpoints.glob("[0-9]*")):
-                # Nothing was trained yet: an attempt that failed early holds no directory.
-                write_text(self.config, to_text(cfg))
-                shutil.rmtree(self.tokenizer, ignore_errors=True)
-                self.trim_metrics(-1)
-                return False
-            lines = diff(theirs, cfg)
-            more = (
-                [f"... and {len(lines) - _SHOWN_DIFFERENCES} more"] if len(lines) > _SHOWN_DIFFERENCES else []
-            )
-            raise ConfigError(
-                f"{self.path} holds a run of another config. The differences (there -> now):\n  "
-                + "\n  ".join(lines[:_SHOWN_DIFFERENCES] + more)
-                + "\nA run goes on with its own config only. Give this one another --out, or remove the directory."
-            )
+            # Where nothing was trained yet, an attempt that failed early holds no directory.
+            if theirs != cfg and any(self.checkpoints.glob("[0-9]*")):
+                raise ConfigError(
+                    f"{self.path} holds a run of another config. The differences (there -> now):\n  "
+                    + "\n  ".join(_shown(diff(theirs, cfg)))
+                    + "\nA run goes on with its own config only. Give this one another --out, or remove the directory."
+                )
+            return
         if self.path.exists() and not (
             # A name with a dot is a file that a kill left half-written.
             self.path.is_dir() and all(p.name.startswith(".") for p in self.path.iterdir())
@@ -82,8 +69,21 @@ class RunDirectory:
                 f"--out {self.path} is not empty and holds no run (no {self.config.name}). "
                 "Give an empty or new directory, so that nothing is overwritten."
             )
+
+    def claim(self, cfg: TrainerConfig) -> bool:
+        """Makes the directory for a run of this config; whether it held one already.
+
+        Raises:
+            ConfigError: as `check`.
+        """
+        self.check(cfg)
+        if self.config.exists() and self._read_config() == cfg:
+            return True
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, to_text(cfg))
+        # Of an attempt with another config that trained nothing:
+        shutil.rmtree(self.tokenizer, ignore_errors=True)
+        self.trim_metrics(-1)
         return False
 
     def _read_config(self) -> Config:
@@ -128,6 +128,11 @@ class RunDirectory:
     def write_record(self, record: Message) -> None:
         """Writes record.textproto."""
         write_text(self.record, text_format.MessageToString(record))
+
+
+def _shown(lines: list[str]) -> list[str]:
+    more = len(lines) - _SHOWN_DIFFERENCES
+    return [*lines[:_SHOWN_DIFFERENCES], f"... and {more} more"] if more > 0 else lines
 
 
 def write_text(path: Path, text: str) -> None:
