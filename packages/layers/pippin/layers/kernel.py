@@ -1,6 +1,7 @@
 """Attention kernels: softmax(q k / sqrt(H)) v under a mask. All compute the same."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -45,7 +46,8 @@ class BlockwiseKernel(Module):
 
     Where keys are aligned with queries, a block's keys end with the block, and
     start where the window does: what is masked anyway is not computed. Otherwise
-    every block sees all keys.
+    every block sees all keys. The weights are not kept for the backward pass, which computes
+    those of a block again: memory grows with `block_size * S`, not with `T * S`.
     """
 
     Config = BlockwiseKernelConfig
@@ -57,6 +59,7 @@ class BlockwiseKernel(Module):
         self, q: Float[Array, "B T N H"], kv: KeyValues, ctx: Context, logits: Logits
     ) -> Float[Array, "B T N H"]:
         length = q.shape[1]
+        attend = jax.checkpoint(functools.partial(_attend, logits=logits))
         blocks = []
         for start in range(0, length, self.block_size):
             stop = min(start + self.block_size, length)
@@ -64,7 +67,7 @@ class BlockwiseKernel(Module):
             first = 0 if logits.window is None else max(0, start - logits.window + 1)
             seen = _slice(kv, first, stop) if kv.aligned else kv
             segments = None if ctx.segment_ids is None else ctx.segment_ids[:, rows]
-            blocks.append(_attend(q[:, rows], ctx.positions[:, rows], segments, seen, logits))
+            blocks.append(attend(q[:, rows], ctx.positions[:, rows], segments, seen))
         return jnp.concatenate(blocks, axis=1)
 
 

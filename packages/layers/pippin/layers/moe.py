@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from pippin.core.module import Module
 from pippin.core.outputs import add_loss, add_metric
-from pippin.layers.feed_forward import ACTIVATIONS
+from pippin.layers.feed_forward import gated
 from pippin.layers.moe_config import MoEConfig, TopKRouterConfig
 from pippin.layers.precision import at_least_float32
 
@@ -84,7 +84,7 @@ class MoE(Module):
         self.gate_proj = cfg.experts.set(num_groups=cfg.num_experts, **into).build(rngs=rngs)
         self.up_proj = cfg.experts.set(num_groups=cfg.num_experts, **into).build(rngs=rngs)
         self.down_proj = cfg.experts.set(num_groups=cfg.num_experts, **out_of).build(rngs=rngs)
-        self.activation = ACTIVATIONS[cfg.activation]
+        self.gate = gated(cfg.activation)
         self.num_experts, self.top_k = cfg.num_experts, cfg.top_k
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -94,7 +94,7 @@ class MoE(Module):
         by_expert = jnp.argsort(experts, stable=True)
         sizes = jnp.bincount(experts, length=self.num_experts).astype(jnp.int32)
         visits = _permute(jnp.repeat(tokens, self.top_k, axis=0), by_expert)
-        hidden = self.activation(self.gate_proj(visits, sizes)) * self.up_proj(visits, sizes)
+        hidden = self.gate(self.gate_proj(visits, sizes), self.up_proj(visits, sizes))
         results = _permute(self.down_proj(hidden, sizes), jnp.argsort(by_expert))
         results = results.reshape(*routes.experts.shape, -1)
         return jnp.einsum("MkD,Mk->MD", results, routes.weights).reshape(x.shape)
