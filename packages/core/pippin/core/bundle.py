@@ -167,14 +167,14 @@ def load_bundle(directory: str | Path) -> Bundle:
     )
 
 
-def open_model(directory: str | Path, state: str = "params") -> Bundle:
+def open_model(directory: str | Path) -> Bundle:
     """The model in a directory: a bundle, a training run, its checkpoints, or one of their steps.
 
-    Of a run it is the newest step whose files are all there; nothing is set aside.
+    Of a run it is the newest step whose files are all there; nothing is set aside. Where the run averages its
+    parameters, they are the averaged ones: those that it evaluates.
 
     Args:
         directory: to open.
-        state: which part of a training state has the parameters.
 
     Raises:
         CheckpointError: there is no model, or it needs a newer pippin.
@@ -183,10 +183,10 @@ def open_model(directory: str | Path, state: str = "params") -> Bundle:
     directory = Path(directory).absolute()
     if (directory / manifest.FILE_NAME).exists():
         is_step = (directory / checkpoint_steps.COMPONENT_FILE).exists()
-        return _open_step(directory, state) if is_step else load_bundle(directory)
+        return _open_step(directory) if is_step else load_bundle(directory)
     for folder in (directory / CHECKPOINTS_FOLDER, directory):
         if steps := CheckpointSteps(folder).steps():
-            return _open_newest(folder, steps, state)
+            return _open_newest(folder, steps)
     raise CheckpointError(
         f"{directory} holds no model: neither {manifest.FILE_NAME} nor steps in {CHECKPOINTS_FOLDER}/. "
         "Give the directory of a bundle, of a training run, or of one of its steps."
@@ -199,31 +199,38 @@ def signature(message: pb.ModelManifest) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _open_newest(folder: Path, steps: Iterable[int], state: str) -> Bundle:
+def _open_newest(folder: Path, steps: Iterable[int]) -> Bundle:
     problems = []
     for step in steps:
         try:
-            return _open_step(folder / str(step), state)
+            return _open_step(folder / str(step))
         except DamageError as e:
             _log.warning("%s; an older step is tried", e)
             problems += [f"{step}/{p}" for p in e.problems]
     raise DamageError(folder, problems)
 
 
-def _open_step(folder: Path, state: str) -> Bundle:
+def _open_step(folder: Path) -> Bundle:
     message = checkpoint_steps.read_step(folder)
-    prefix = f"{state}."
-    arrays = [StoredArray(folder, entry) for entry in message.arrays if entry.name.startswith(prefix)]
+    arrays = {}
+    for place in message.parameters or ("params",):
+        prefix = f"{place}."
+        arrays |= {
+            entry.name.removeprefix(prefix): StoredArray(folder, entry)
+            for entry in message.arrays
+            if entry.name.startswith(prefix)
+        }
     if not arrays:
         there = sorted({entry.name.partition(".")[0] for entry in message.arrays})
         raise CheckpointError(
-            f"the state in {folder} has no {state!r}; it has {', '.join(there)}. Name one of them."
+            f"the state in {folder} has no parameters under {', '.join(message.parameters) or 'params'}; it has "
+            f"{', '.join(there)}. Save it with a Checkpointer that is told where they are."
         )
     near = (folder / TOKENIZER_FOLDER, folder.parent.parent / TOKENIZER_FOLDER)
     return Bundle(
         directory=folder,
         component=from_text((folder / checkpoint_steps.COMPONENT_FILE).read_text()),
-        weights={a.name.removeprefix(prefix): StoredTensor(a.shape, a.dtype, a.read) for a in arrays},
+        weights={name: StoredTensor(a.shape, a.dtype, a.read) for name, a in sorted(arrays.items())},
         tokenizer=next((path for path in near if path.is_dir()), None),
         provenance=message.provenance,
     )

@@ -206,8 +206,6 @@ def test_a_run_its_steps_and_a_bundle_are_opened_alike(tmp_path):
             assert bundle.provenance.step == 2
             assert bundle.tokenizer == run / "tokenizer"
             assert_params(bundle, {"w": {"weight": jnp.full((4, 2), 2, jnp.bfloat16)}})
-    with pytest.raises(CheckpointError, match="has no 'ema'; it has learner, params"):
-        open_model(run, state="ema")
     written = save_bundle(tmp_path / "bundle", bundle.component, bundle.params(), tokenizer=bundle.tokenizer)
     assert_params(open_model(written), bundle.params())
 
@@ -220,3 +218,29 @@ def test_a_run_its_steps_and_a_bundle_are_opened_alike(tmp_path):
         open_model(run)
     with pytest.raises(CheckpointError, match="holds no model"):
         open_model(tmp_path)
+
+
+def test_averaged_parameters_hide_those_that_they_average(tmp_path):
+    state = {
+        "params": {"w": jnp.full(3, 1.0, np.float32), "frozen": jnp.full(3, 2.0, np.float32)},
+        "learner": {"ema": {"w": jnp.full(3, 3.0, np.float32)}},
+    }
+    for name, parameters, expected in (
+        ("raw", ["params"], {"w": np.full(3, 1.0, np.float32), "frozen": np.full(3, 2.0, np.float32)}),
+        (
+            "averaged",
+            ["params", "learner.ema"],
+            {"w": np.full(3, 3.0, np.float32), "frozen": np.full(3, 2.0, np.float32)},
+        ),
+    ):
+        with CheckpointerConfig().build(
+            directory=tmp_path / name, component=COMPONENT, parameters=parameters
+        ) as checkpointer:
+            checkpointer.save(1, state)
+        assert_params(open_model(tmp_path / name), expected)
+    with CheckpointerConfig().build(
+        directory=tmp_path / "elsewhere", component=COMPONENT, parameters=["weights"]
+    ) as checkpointer:
+        checkpointer.save(1, state)
+    with pytest.raises(CheckpointError, match="no parameters under weights; it has learner, params"):
+        open_model(tmp_path / "elsewhere")

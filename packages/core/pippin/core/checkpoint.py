@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -74,7 +74,13 @@ class Checkpointer:
     Config = CheckpointerConfig
 
     def __init__(
-        self, cfg: CheckpointerConfig, *, directory: str | Path, component: Config, recipe: str = ""
+        self,
+        cfg: CheckpointerConfig,
+        *,
+        directory: str | Path,
+        component: Config,
+        recipe: str = "",
+        parameters: Sequence[str] = ("params",),
     ):
         """Takes the directory, and clears away what a killed job left in it.
 
@@ -83,6 +89,8 @@ class Checkpointer:
             directory: of the checkpoints; made if it is not there. Seen by all processes.
             component: the config tree of the model; stored with every step.
             recipe: the recipe's name, for the provenance.
+            parameters: where in the state `open_model` finds the model's parameters: of those that lie under
+                several of these paths it takes the last.
 
         Raises:
             CheckpointError: another job saves to the directory.
@@ -90,6 +98,7 @@ class Checkpointer:
         self.cfg = cfg
         self._component = component
         self._recipe = recipe
+        self._parameters = tuple(parameters)
         self._steps = CheckpointSteps(Path(directory).absolute())
         self._primary = jax.process_index() == 0
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -302,6 +311,7 @@ class Checkpointer:
             provenance=manifest.provenance(self._recipe, step, source=str(self.directory)),
             arrays=arrays,
             files=[manifest.describe_file(folder, p) for p in others],
+            parameters=self._parameters,
         )
         manifest.write_manifest(folder, message)
         self._steps.commit(step)

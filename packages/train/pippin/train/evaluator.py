@@ -22,14 +22,14 @@ class Perplexity:
         cfg: PerplexityConfig,
         *,
         definition: Any,
-        batches: Callable[[int], Iterable[Batch]],
+        batches: Callable[[int, str | None], Iterable[Batch]],
         place: Callable[[Batch], Batch],
     ):
         """
         Args:
             cfg: when, and on how many batches.
             definition: of the model, from `split`.
-            batches: called with `max_batches`; gives the same batches each time.
+            batches: called with `max_batches` and `task`; gives the same batches each time.
             place: puts a batch on the devices.
         """
         self._cfg, self._batches, self._place = cfg, batches, place
@@ -50,7 +50,7 @@ class Perplexity:
     def __call__(self, params: Params) -> dict[str, float]:
         """`perplexity`, `cross_entropy` (nats a token), `accuracy`, and the number of `tokens`."""
         totals: dict[str, jax.Array] | None = None
-        for batch in self._batches(self._cfg.max_batches):
+        for batch in self._batches(self._cfg.max_batches, self._cfg.task):
             sums = self._sums(params, self._place(batch))
             totals = sums if totals is None else jax.tree.map(jnp.add, totals, sums)
         if totals is None:

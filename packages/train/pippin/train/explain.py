@@ -19,7 +19,7 @@ def explain(cfg: TrainerConfig) -> str:
     Raises:
         PippinError: the config does not fit this machine or itself.
     """
-    trainer: Trainer = cfg.build(held_out=lambda n: ())
+    trainer: Trainer = cfg.build(held_out=lambda most, task: ())
     return "\n".join([*_machine(trainer), *_parameters(trainer), *_kernels(cfg), *_rules(trainer)]) + "\n"
 
 

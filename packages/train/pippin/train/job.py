@@ -89,7 +89,10 @@ def _train(
     with ledger.into(Bucket.GOODPUT_BUCKET_DATA):
         trainer.require_vocabulary(source.tokenizer.vocab_size)
     with cfg.checkpointer.build(
-        directory=run.checkpoints, component=cfg.model, recipe=recipe
+        directory=run.checkpoints,
+        component=cfg.model,
+        recipe=recipe,
+        parameters=trainer.parameter_paths,
     ) as checkpointer:
         # The checkpointer holds the directory: from here on it is this job's alone.
         record.devices = devices
@@ -149,13 +152,12 @@ def _summarise(
     cfg, tokenizer = trainer.cfg, load_tokenizer(run.tokenizer)
     row = next(_held_out(source, 1))["tokens"][0]
     prompt = [int(t) for t in row[:_PROMPT_TOKENS]]
-    params = trainer.learner.ema(state.learner, state.params) or state.params
     stop = frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
-    model = merge(trainer.definition, params)
+    model = merge(trainer.definition, trainer.measured(state))
     written = generate(model, prompt, max_new_tokens=_NEW_TOKENS, temperature=0.7, top_p=0.95, stop_ids=stop)
     evaluator = cfg.evaluators[0]
     evaluations = {m["step"]: m for m in run.read_metrics() if m["kind"] == evaluator.name}
-    held_out = _held_out(source, evaluator.max_batches)
+    held_out = _held_out(source, evaluator.max_batches, evaluator.task)
     summary = Summary(
         recipe=recipe,
         num_params=trainer.num_params,
@@ -186,9 +188,15 @@ def fingerprint(state: TrainState, samples: bytes) -> str:
     return digest.hexdigest()
 
 
-def _held_out(source: Any, most: int) -> Iterator[Batch]:
-    """The first held-out batches, the same each time: one of each task in turn."""
-    rounds = itertools.zip_longest(*(source.eval_batches(task) for task in source.task_names))
+def _held_out(source: Any, most: int, task: str | None = None) -> Iterator[Batch]:
+    """The first held-out batches, the same each time: of one task, or of each in turn."""
+    if task is not None and task not in source.task_names:
+        raise ConfigError(
+            f"an evaluator got the task {task!r}; the input has {', '.join(source.task_names)}. Name one of them, or "
+            "none, to measure all in turn."
+        )
+    tasks = source.task_names if task is None else [task]
+    rounds = itertools.zip_longest(*(source.eval_batches(name) for name in tasks))
     return itertools.islice((batch for turn in rounds for batch in turn if batch is not None), most)
 
 

@@ -17,7 +17,7 @@ from pippin.train.job import run_job
 from pippin.train.ledger import Bucket
 from pippin.train.run_directory import RunDirectory
 from pippin.train.summary import Summary
-from pippin.train.toy import toy_config
+from pippin.train.toy import CountingInput, toy_config
 from pippin.v1 import job_pb2 as pb
 
 _PROGRAM = """
@@ -26,7 +26,7 @@ from pathlib import Path
 from pippin.core.config_tree import override
 from pippin.train.errors import Preempted
 from pippin.train.job import run_job
-from pippin.train.toy import toy_config
+from pippin.train.toy import CountingInput, toy_config
 try:
     summary = run_job(toy_config(steps=12, seconds_a_batch=float(sys.argv[2])), Path(sys.argv[1]), "toy")
 except Preempted as e:
@@ -168,6 +168,20 @@ def test_an_input_that_fails_ends_the_run_with_its_error_and_keeps_what_was_save
 def test_a_model_with_fewer_vectors_than_the_tokenizer_has_ids_is_refused(tmp_path: Path) -> None:
     cfg = override(toy_config(), {"model.vocab_size": 8})
     with pytest.raises(ConfigError, match="the tokenizer has 24 ids, and model.vocab_size is 8"):
+        run_job(cfg, tmp_path / "run", "toy")
+
+
+def test_the_model_that_a_run_is_opened_as_is_the_one_that_it_measured(tmp_path: Path) -> None:
+    cfg = toy_config(steps=4)  # its learner averages the parameters
+    summary = run_job(cfg, tmp_path / "run", "toy")
+    trainer = cfg.build(held_out=lambda most, task: CountingInput(cfg.input).eval_batches("counting"))
+    measured = trainer.evaluators["held_out"](open_model(tmp_path / "run").params())
+    assert measured["perplexity"] == pytest.approx(summary.trained, rel=1e-6)
+
+
+def test_an_evaluator_of_a_task_that_the_input_has_not_is_refused(tmp_path: Path) -> None:
+    cfg = override(toy_config(steps=1), {"evaluators.0.task": "poems"})
+    with pytest.raises(ConfigError, match="got the task 'poems'; the input has"):
         run_job(cfg, tmp_path / "run", "toy")
 
 

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data", metavar="GLOB", help="train on these .txt, .jsonl, .jsonl.gz or .parquet files instead"
     )
     parser.add_argument(
-        "--text-field", default="text", metavar="NAME", help="the field of --data that holds the text"
+        "--text-field", metavar="NAME", help="the field of --data that holds the text (default: text)"
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's directory (default: runs/RECIPE)")
     parser.add_argument(
@@ -127,7 +127,7 @@ def configure(
     *,
     steps: int | None = None,
     data: str | None = None,
-    text_field: str = "text",
+    text_field: str | None = None,
 ) -> TrainerConfig:
     """The config of a recipe with a command line's changes.
 
@@ -135,10 +135,14 @@ def configure(
         ConfigError: there is no such recipe, or a change does not fit it.
     """
     cfg = recipes.get(name).make()
+    if data is None and text_field is not None:
+        raise ConfigError(
+            f"--text-field {text_field!r} names a field of --data, and there is none. Give --data GLOB."
+        )
     if data is not None:
         from pippin.train.input.config import use_files
 
-        cfg = use_files(data, text_field)(cfg)
+        cfg = use_files(data, text_field or "text")(cfg)
     pairs: dict[str, str] = {}
     for change in changes:
         path, equals, value = change.partition("=")

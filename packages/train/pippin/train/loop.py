@@ -117,7 +117,7 @@ def _evaluate(
         if always or evaluator.is_due(step):
             jax.block_until_ready(state)
             with ledger.into(Bucket.GOODPUT_BUCKET_EVALUATION), trainer.on_mesh():
-                values = evaluator(trainer.learner.ema(state.learner, state.params) or state.params)
+                values = evaluator(trainer.measured(state))
             writer.write(name, step, values)
             if "perplexity" in values:
                 display.say(f"step {step}: {name} perplexity {values['perplexity']:,.2f}")

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pippin.core.batch import Batch
 from pippin.core.module import Params, merge
-from pippin.train.learner.accumulate import accumulate
+from pippin.train.learner.accumulate import accumulate, target_weight
 from pippin.train.learner.learner import Learner, LearnerState
 
 Metrics = dict[str, Float[Array, ""]]
@@ -41,6 +41,7 @@ def make_step(definition: Any, learner: Learner, microbatches: int) -> Step:
         (value, metrics), grads = accumulate(loss_and_grad, batch, microbatches)
         params, learner_state, learner_metrics = learner.update(state.params, grads, state.learner)
         new = TrainState(state.step + 1, params, learner_state)
-        return new, {"loss": value, **metrics, **learner_metrics}
+        # Accumulation makes means of metrics; the weight is a sum.
+        return new, {"loss": value, **metrics, "weight": target_weight(batch), **learner_metrics}
 
     return step

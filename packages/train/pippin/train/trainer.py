@@ -21,7 +21,8 @@ from pippin.layers.model_files import open_model
 from pippin.train.step import Metrics, TrainState, make_step
 from pippin.train.trainer_config import TrainerConfig
 
-Batches = Callable[[int], Iterable[Batch]]  # how many, at most -> held-out batches, the same each time
+# How many, at most, and of which task (None: of each in turn) -> held-out batches, the same each time.
+Batches = Callable[[int, str | None], Iterable[Batch]]
 
 
 class Trainer:
@@ -53,8 +54,19 @@ class Trainer:
             for e in cfg.evaluators
         }
         self._sharding = self._state_shardings(shapes)
-        self._batch_sharding = self._named(("batch", "sequence"))
+        self._batch_sharding = self._named(
+            ("batch", "sequence"), (cfg.input.batch_size, cfg.input.sequence_length)
+        )
         _require_even_batch(cfg, self.mesh)
+
+    @property
+    def parameter_paths(self) -> tuple[str, ...]:
+        """Where the state has the parameters that are measured, for a checkpoint: later ones hide earlier ones."""
+        return ("params", "learner.ema") if self.template.learner.ema else ("params",)
+
+    def measured(self, state: TrainState) -> Params:
+        """The parameters that a run is judged by: averaged ones, where the learner averages."""
+        return self.learner.ema(state.learner, state.params) or state.params
 
     @property
     def num_params(self) -> int:
@@ -143,16 +155,20 @@ class Trainer:
     def _state(self, params: Params) -> TrainState:
         return TrainState(jnp.zeros([], jnp.int32), params, self.learner.init(params))
 
-    def _named(self, axes: tuple[str | None, ...]) -> jax.sharding.NamedSharding:
-        return jax.sharding.NamedSharding(self.mesh, self.cfg.mesh.spec(axes))
+    def _named(
+        self, axes: tuple[str | None, ...] = (), shape: tuple[int, ...] = ()
+    ) -> jax.sharding.NamedSharding:
+        return self.cfg.mesh.sharding(self.mesh, axes, shape)
 
     def _state_shardings(self, shapes: Any) -> TrainState:
-        whole = self._named(())
+        whole = self._named()
         learner = jax.eval_shape(self.learner.init, shapes)
         return TrainState(
             whole,  # type: ignore[arg-type]
-            jax.tree.map(lambda info: self._named(info.axes), self.infos),
-            self.learner.map_state(learner, lambda leaf, info: self._named(info.axes), lambda leaf: whole),
+            jax.tree.map(lambda info: self._named(info.axes, info.shape), self.infos),
+            self.learner.map_state(
+                learner, lambda leaf, info: self._named(info.axes, leaf.shape), lambda leaf: whole
+            ),
         )
 
 

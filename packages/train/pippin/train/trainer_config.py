@@ -14,6 +14,7 @@ class PerplexityConfig(Config, implementation="pippin.train.evaluator:Perplexity
     """The perplexity of held-out text."""
 
     name: str = "held_out"
+    task: str | None = None  # of the input, whose held-out text it is; None: of all, batches of each in turn
     every_steps: int = 500
     max_batches: int = 16
 

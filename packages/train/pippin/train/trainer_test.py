@@ -19,7 +19,7 @@ def toy_trainer(**mesh: int) -> Trainer:
     changes = {f"mesh.{axis}": n for axis, n in mesh.items()}
     # Two key heads, so that a tensor axis of 2 can split them.
     heads = {"model.decoder.layer.attention.num_kv_heads": 2}
-    return override(toy_config(), changes | heads).build(held_out=lambda n: ())
+    return override(toy_config(), changes | heads).build(held_out=lambda most, task: ())
 
 
 def trained(trainer: Trainer) -> tuple[TrainState, list[float]]:
@@ -72,6 +72,12 @@ def test_fsdp_splits_parameters_and_optimizer_state() -> None:
             assert leaf.addressable_shards[0].data.size * 8 == leaf.size
 
 
+def test_a_mesh_that_does_not_divide_a_parameter_is_refused() -> None:
+    with pytest.raises(ShardingError, match="a dim of 20 on the logical axis 'vocab' cannot be split 8 ways"):
+        cfg = override(toy_config(), {"mesh.tensor": 8, "mesh.data": 1, "model.vocab_size": 20})
+        cfg.build(held_out=lambda most, task: ())
+
+
 def test_a_mesh_that_does_not_fit_the_devices_is_refused() -> None:
     with pytest.raises(ShardingError, match="8 devices"):
         toy_trainer(data=3)
@@ -80,4 +86,4 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused() -> None:
 def test_two_evaluators_of_one_name_are_refused() -> None:
     cfg = toy_config()
     with pytest.raises(ConfigError, match="a name of its own"):
-        cfg.set(evaluators=cfg.evaluators * 2).build(held_out=lambda n: ())
+        cfg.set(evaluators=cfg.evaluators * 2).build(held_out=lambda most, task: ())
