@@ -85,3 +85,12 @@ def test_no_data_is_told_without_a_stack_trace(home: Path) -> None:
     printed, _ = process.communicate()
     assert process.returncode == 2
     assert "absent/*.txt" in printed and "Traceback" not in printed
+
+
+def test_a_stage_starts_from_what_the_run_before_it_learned(home: Path, whole: str) -> None:
+    longer = ["--recipe", "afm_on_device_2024_tiny_context", "--set", "input.sequence_length=128"]
+    printed = finish(launch(home, *longer, "--set", "init_from=whole", "--steps", "2", "--out", "longer"))
+    before, after = (
+        float(re.findall(r"step 0: .* perplexity ([\d.,]+)", p)[0].replace(",", "")) for p in (whole, printed)
+    )
+    assert after < before / 2

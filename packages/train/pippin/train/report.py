@@ -6,8 +6,9 @@ import base64
 import html
 from typing import Any
 
+from pippin.core.atomic_file import write_atomic
 from pippin.core.config_tree import config_text
-from pippin.train.run_directory import RunDirectory, write_text
+from pippin.train.run_directory import RunDirectory
 from pippin.train.summary import Summary, time_line
 from pippin.train.trainer_config import TrainerConfig
 
@@ -67,7 +68,7 @@ def write_report(run: RunDirectory, cfg: TrainerConfig, summary: Summary) -> Non
 <p>Fingerprint of the final state and of all samples: <code>{summary.fingerprint}</code></p>
 </html>
 """
-    write_text(run.report, page)
+    write_atomic(run.report, page)
 
 
 def _points(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -13,7 +13,6 @@ RUN/report.html         the run at a glance
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from google.protobuf import text_format
 from google.protobuf.message import Message
 
+from pippin.core.atomic_file import write_atomic
 from pippin.core.component import from_text, to_text
 from pippin.core.config import Config
 from pippin.core.config_tree import diff
@@ -80,7 +80,7 @@ class RunDirectory:
         if self.config.exists() and self._read_config() == cfg:
             return True
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.config, to_text(cfg))
+        write_atomic(self.config, to_text(cfg))
         # Of an attempt with another config that trained nothing:
         shutil.rmtree(self.tokenizer, ignore_errors=True)
         self.trim_metrics(-1)
@@ -115,7 +115,7 @@ class RunDirectory:
                 continue  # cut off by a kill
             if values["step"] <= last_step:
                 kept.append(line)
-        write_text(self.metrics, "".join(line + "\n" for line in kept))
+        write_atomic(self.metrics, "".join(line + "\n" for line in kept))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
@@ -127,16 +127,9 @@ class RunDirectory:
 
     def write_record(self, record: Message) -> None:
         """Writes record.textproto."""
-        write_text(self.record, text_format.MessageToString(record))
+        write_atomic(self.record, text_format.MessageToString(record))
 
 
 def _shown(lines: list[str]) -> list[str]:
     more = len(lines) - _SHOWN_DIFFERENCES
     return [*lines[:_SHOWN_DIFFERENCES], f"... and {more} more"] if more > 0 else lines
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

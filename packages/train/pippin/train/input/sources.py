@@ -12,8 +12,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from pippin.core.atomic_file import write_atomic
 from pippin.core.errors import DataError
-from pippin.train.input.cache import digest, write_atomic
+from pippin.train.input.cache import digest
 from pippin.train.input.config import FilesConfig, StdlibConfig
 from pippin.train.input.reading import Part, Split, TextFile, read_jsonl, read_parquet, read_text
 from pippin.train.input.rejects import Rejects

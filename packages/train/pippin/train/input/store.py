@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Integer
 
+from pippin.core.atomic_file import write_atomic
 from pippin.core.errors import DataError
-from pippin.train.input.cache import write_atomic
 from pippin.train.input.rejects import ReadReport
 
 _SHARD_TOKENS = 1 << 20  # what must be packed before the first row can be read
