@@ -51,10 +51,12 @@ def py_module(
         deps = [],
         data = [],
         binary = False,
+        overlays = [],
         test = True,
         test_deps = [],
         test_data = [],
         test_env = {},
+        test_overlays = [],
         test_peers = [],
         test_size = "medium",
         test_tags = [],
@@ -67,10 +69,12 @@ def py_module(
         deps: what it imports.
         data: files that it reads.
         binary: it has a main; `bazel run` runs it, and others may still import it.
+        overlays: of a binary: environments beside @pip, such as @accelerator//:overlay.
         test: whether `name`_test.py gets a target of its own; False where a py_tests has it.
         test_deps: what only the test imports.
         test_data: what only the test reads or runs.
         test_env: the test's environment.
+        test_overlays: the test's.
         test_peers: targets of @peers (transformers, torch): see py_test.
         test_size: small is two minutes at most, medium ten, large thirty.
         test_tags: the test's tags.
@@ -89,7 +93,7 @@ def py_module(
         deps = deps,
     )
     if binary:
-        py_binary(module = dotted + "." + name, **common)
+        py_binary(module = dotted + "." + name, overlays = overlays, **common)
     else:
         py_library(**common)
     if test and native.glob([name + "_test.py"]):
@@ -98,6 +102,7 @@ def py_module(
             srcs = [name + "_test.py"],
             data = test_data,
             env = test_env,
+            overlays = test_overlays,
             peers = test_peers,
             size = test_size,
             tags = test_tags,

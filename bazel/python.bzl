@@ -146,7 +146,8 @@ def _launch(ctx, main, files, arguments):
             "%ARGUMENTS%": " ".join(['"$runfiles/%s"' % a for a in arguments]),
             "%ENV%": "\n".join(
                 ["export %s='%s'" % (k, v) for k, v in ctx.attr.env.items()] +
-                [_export_python(ctx, marker.files, k) for marker, k in ctx.attr.interpreters.items()],
+                [_export_python(ctx, marker.files, k) for marker, k in ctx.attr.interpreters.items()] +
+                [_add_overlay(ctx, f) for f in ctx.files.overlays if f.basename == "python.txt"],
             ),
             "%IMPORTS%": ":".join(["$runfiles/" + i for i in info.imports.to_list()]),
             "%MAIN%": main,
@@ -157,7 +158,7 @@ def _launch(ctx, main, files, arguments):
         DefaultInfo(
             executable = launcher,
             files = depset([launcher]),
-            runfiles = _runfiles(ctx, files + [ctx.file._python] + ctx.files.interpreters + ctx.files.srcs),
+            runfiles = _runfiles(ctx, files + [ctx.file._python] + ctx.files.interpreters + ctx.files.overlays + ctx.files.srcs),
         ),
         info,
         _check_imports(ctx, info),
@@ -167,6 +168,11 @@ def _export_python(ctx, marker, variable):
     """Sets a variable to the interpreter beside a marker such as @peers//:python.txt."""
     path = _runfiles_path(ctx, marker.to_list()[0])
     return 'export %s=$(dirname "$(readlink -f "$runfiles/%s")")/venv/bin/python' % (variable, path)
+
+def _add_overlay(ctx, marker):
+    """Adds the distributions beside a marker such as @libtpu//:python.txt to those of @pip."""
+    site = 'echo "$(dirname "$(readlink -f "$runfiles/%s")")"/venv/lib/python*/site-packages' % _runfiles_path(ctx, marker)
+    return "export PYTHONPATH=$PYTHONPATH:$(%s)" % site
 
 def _script(ctx, file):
     return '"$runfiles/%s"' % _runfiles_path(ctx, file)
@@ -194,6 +200,10 @@ _EXECUTABLE_ATTRS = dict(
     interpreters = attr.label_keyed_string_dict(
         allow_files = True,
         doc = "The python.txt of other environments -> the variables that name their interpreters.",
+    ),
+    overlays = attr.label_list(
+        allow_files = True,
+        doc = "Environments whose distributions are importable beside those of @pip, such as @libtpu//:overlay.",
     ),
     _launcher = attr.label(default = "//bazel:launcher.sh.tpl", allow_single_file = True),
 )

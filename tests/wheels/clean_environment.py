@@ -24,10 +24,11 @@ def distribution_name(name: str) -> str:
 
 
 def required_by(wheel: pathlib.Path) -> list[Requirement]:
-    """What a wheel's metadata declares."""
+    """What a wheel's metadata declares, extras aside."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
-        return Metadata.from_email(archive.read(name), validate=False).requires_dist or []
+        declared = Metadata.from_email(archive.read(name), validate=False).requires_dist or []
+    return [r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
 class CleanEnvironment:
