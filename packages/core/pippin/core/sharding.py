@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from pippin.core.mesh_config import (
 if TYPE_CHECKING:
     import jax
 
-__all__ = ["LOGICAL_AXES", "MESH_AXES", "AxisRuleConfig", "MeshConfig", "constrain", "use_mesh"]
+__all__ = ["LOGICAL_AXES", "MESH_AXES", "AxisRuleConfig", "MeshConfig", "constrain", "num_shards", "use_mesh"]
 
 _active: contextvars.ContextVar[tuple[MeshConfig, jax.sharding.Mesh] | None] = contextvars.ContextVar(
     "mesh", default=None
@@ -33,6 +34,17 @@ def use_mesh(cfg: MeshConfig, mesh: jax.sharding.Mesh) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
+
+
+def num_shards(*axes: str) -> int:
+    """Into how many parts the mesh in use splits what has these logical axes; 1 where no mesh is in use."""
+    active = _active.get()
+    if active is None:
+        return 1
+    cfg, mesh = active
+    return math.prod(
+        mesh.shape[a] for part in cfg.spec(axes) for a in ((part,) if isinstance(part, str) else part or ())
+    )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pippin.core.config_tree import override
 from pippin.core.errors import ShardingError
-from pippin.core.sharding import MESH_AXES, AxisRuleConfig, MeshConfig, constrain, use_mesh
+from pippin.core.sharding import MESH_AXES, AxisRuleConfig, MeshConfig, constrain, num_shards, use_mesh
 
 # What BUILD sets for this test. Not set here: a run of several files would have them all on eight devices.
 FLAGS = "--xla_force_host_platform_device_count=8"
@@ -165,3 +165,12 @@ def test_a_parameter_is_placed_by_its_logical_axes():
     assert weight.addressable_shards[0].data.shape == (4, 3)
     with pytest.raises(ShardingError, match=r"a dim of 5 on the logical axis 'mlp' cannot be split 2 ways"):
         cfg.sharding(mesh, ("embed", "mlp"), (16, 5))
+
+
+def test_the_parts_of_a_tensor_are_the_devices_of_all_its_axes(eight_devices: None):
+    assert num_shards("batch", "sequence") == 1
+    cfg = MeshConfig(data=2, fsdp=2, sequence=2)
+    with use_mesh(cfg, cfg.make()):
+        assert num_shards("batch", "sequence") == 8
+        assert num_shards("batch") == 4
+        assert num_shards("heads") == 1

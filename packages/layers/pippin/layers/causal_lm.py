@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from pippin.core.batch import Batch
 from pippin.core.module import Module, merge, split
 from pippin.core.outputs import collect
-from pippin.core.sharding import constrain
+from pippin.core.sharding import constrain, num_shards
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.context import Cache, Context
 from pippin.layers.loss import chunked_cross_entropy
@@ -68,7 +68,7 @@ class CausalLM(Module):
             hidden,
             batch["targets"],
             batch["loss_weights"],
-            chunk=self.loss_chunk_tokens,
+            chunk=self.loss_chunk_tokens * num_shards("batch", "sequence"),
             z_loss=self.z_loss,
         )
         weight = jnp.sum(batch["loss_weights"])

@@ -89,7 +89,7 @@ def _logits(program: str) -> set[int]:
 
 @pytest.mark.parametrize("mesh", ["data", "sequence"])
 def test_each_device_computes_its_share_of_every_chunk_of_the_loss(mesh):
-    step, _, _ = _lowered(_LM.set(dim=16), MESHES[mesh])
-    # Of a chunk of eight tokens, two on each of four devices.
+    step, _, _ = _lowered(_LM.set(dim=16, loss_chunk_tokens=2), MESHES[mesh])
+    # Two tokens at a time on each of four devices: a chunk has eight.
     assert 2 in _logits(step.as_text())
     assert not {8, _B * _T} & _logits(step.as_text())

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 from pippin.core.config_tree import traverse
+from pippin.train.hardware.machine import for_this_machine
+from pippin.train.hardware.mesh_rules import Applied
 from pippin.train.learner.rules import describe_rules
 from pippin.train.trainer import Trainer
 from pippin.train.trainer_config import TrainerConfig
@@ -19,8 +21,15 @@ def explain(cfg: TrainerConfig) -> str:
     Raises:
         PippinError: the config does not fit this machine or itself.
     """
+    applied = for_this_machine(cfg)
+    cfg = applied.cfg
     trainer: Trainer = cfg.build(held_out=lambda most, task: ())
-    return "\n".join([*_machine(trainer), *_parameters(trainer), *_kernels(cfg), *_rules(trainer)]) + "\n"
+    return (
+        "\n".join(
+            [*_machine(trainer), *_rule(applied), *_parameters(trainer), *_kernels(cfg), *_rules(trainer)]
+        )
+        + "\n"
+    )
 
 
 def _machine(trainer: Trainer) -> list[str]:
@@ -34,6 +43,15 @@ def _machine(trainer: Trainer) -> list[str]:
         f"training: {trainer.cfg.steps:,} steps, {trainer.cfg.steps * rows * length:,} tokens",
         "",
     ]
+
+
+def _rule(applied: Applied) -> list[str]:
+    if applied.rule is None:
+        return ["mesh rules: none; the config is used as it is", ""]
+    lines = [f"mesh rule: {applied.rule.accelerators}"]
+    for name, changes in applied.changes:
+        lines += [f"  {name}", *(f"    {line}" for line in changes or ("changes nothing",))]
+    return [*lines, ""]
 
 
 def _parameters(trainer: Trainer) -> list[str]:

@@ -75,6 +75,7 @@ def _train(
     import jax
 
     from pippin.train import loop
+    from pippin.train.hardware.machine import for_this_machine
     from pippin.train.metric_writer import MetricWriter
 
     if jax.process_count() > 1:
@@ -82,6 +83,7 @@ def _train(
             f"this job has {jax.process_count()} processes; launch trains with one process, over all its devices. "
             "Start it on one host."
         )
+    cfg = for_this_machine(cfg).cfg
     trainer = cfg.build(held_out=partial(_held_out, source))
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     with ledger.into(Bucket.GOODPUT_BUCKET_COMPILE):

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pippin.core.module import Params, flatten_params, parameter_infos, split, u
 from pippin.core.sharding import use_mesh
 from pippin.core.tokenizer import tokenizer_digest
 from pippin.layers.model_files import open_model
-from pippin.train.step import Metrics, TrainState, make_step
+from pippin.train.step import TrainState, make_step
 from pippin.train.trainer_config import TrainerConfig
 
 # How many, at most, and of which task (None: of each in turn) -> held-out batches, the same each time.
@@ -30,11 +30,12 @@ class Trainer:
 
     Config = TrainerConfig
 
-    def __init__(self, cfg: TrainerConfig, *, held_out: Batches):
+    def __init__(self, cfg: TrainerConfig, *, held_out: Batches, devices: Sequence[Any] | None = None):
         """
         Args:
             cfg: the run.
             held_out: batches for the evaluators.
+            devices: JAX's, of the mesh; None: all that there are.
 
         Raises:
             ConfigError: the parts do not fit each other.
@@ -44,7 +45,8 @@ class Trainer:
         if len(set(names)) < len(names):
             raise ConfigError(f"evaluators are named {names}: give each a name of its own.")
         self.cfg = cfg
-        self.mesh = cfg.mesh.make()
+        self.mesh = cfg.mesh.make(devices)
+        _require_even_batch(cfg, self.mesh)
         abstract = nnx.eval_shape(lambda: cfg.model.build(rngs=nnx.Rngs(0)))
         self.definition, shapes = split(abstract)
         self.infos = parameter_infos(abstract)
@@ -57,7 +59,6 @@ class Trainer:
         self._batch_sharding = self._named(
             ("batch", "sequence"), (cfg.input.batch_size, cfg.input.sequence_length)
         )
-        _require_even_batch(cfg, self.mesh)
 
     @property
     def parameter_paths(self) -> tuple[str, ...]:
@@ -117,8 +118,12 @@ class Trainer:
             self._sharding,
         )
 
-    def compile(self) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-        """The compiled step: it takes over the state that it is given."""
+    def compile(self) -> jax.stages.Compiled:
+        """The compiled step, `(state, batch) -> (state, metrics)`: it takes over the state that it is given."""
+        return self.trace().lower().compile()
+
+    def trace(self) -> jax.stages.Traced:
+        """The step before it is compiled, for the devices of the mesh, which need not be there."""
         rows, length = self.cfg.input.batch_size, self.cfg.input.sequence_length
         batch = {
             name: jax.ShapeDtypeStruct((rows, length), kind, sharding=self._batch_sharding)
@@ -127,7 +132,7 @@ class Trainer:
         step = make_step(self.definition, self.learner, self.cfg.learner.microbatches)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self._sharding, None))
         with self.on_mesh():
-            return jitted.lower(self.template, batch).compile()
+            return jitted.trace(self.template, batch)
 
     def on_mesh(self) -> contextlib.AbstractContextManager[None]:
         """Where the model is traced: splits activations over the mesh, if it has several devices."""

@@ -7,7 +7,8 @@ from typing import Annotated
 from pippin.core.checkpoint_config import CheckpointerConfig
 from pippin.core.config import REQUIRED, Config, Required, Slot
 from pippin.core.errors import ConfigError
-from pippin.core.sharding import MeshConfig
+from pippin.core.mesh_config import MeshConfig
+from pippin.train.hardware.mesh_rules_config import MeshRuleConfig
 
 
 class PerplexityConfig(Config, implementation="pippin.train.evaluator:Perplexity", provides="evaluator"):
@@ -35,6 +36,8 @@ class TrainerConfig(Config, implementation="pippin.train.trainer:Trainer", provi
     evaluators: tuple[Annotated[Config, Slot("evaluator")], ...] = (PerplexityConfig(),)
     checkpointer: Annotated[Config, Slot("checkpointer")] = CheckpointerConfig()
     mesh: MeshConfig = MeshConfig()
+    # What changes on which hardware; none: the config is for any, as it is.
+    mesh_rules: tuple[MeshRuleConfig, ...] = ()
     steps: Required[int] = REQUIRED
     # A run, one of its steps, a bundle or a Hugging Face folder whose parameters are the first ones of this run; None: random ones.
     init_from: str | None = None

@@ -5,11 +5,8 @@ Their optimizer and batches are not published: these are the core stage's of 202
 Source: Apple 2025, arXiv:2507.13575.
 """
 
-from pippin.core.config_tree import override
-from pippin.layers.causal_lm_config import FloatType
 from pippin.layers.models.afm_on_device_2025 import afm_on_device_2025 as on_device_model
 from pippin.layers.models.afm_server_2025 import afm_server_2025 as server_model
-from pippin.layers.stack_config import Remat
 from pippin.train.input.config import SentencePieceConfig
 from pippin.train.recipe import recipe
 from pippin.train.recipes.afm_on_device_2024 import afm_on_device_2024_core
@@ -29,9 +26,7 @@ def afm_on_device_2025() -> TrainerConfig:
     Hardware: as in 2024, thousands of accelerators. Text of your own: --data.
     Expect:   unknown. Apple then distils the last tenth of the tokens from a sparse teacher; this does not.
     """
-    hardware = {"activation_dtype": FloatType.BFLOAT16, "decoder.remat": Remat.FULL}
-    model = override(on_device_model(), hardware)
-    return _core(vocab_size=153_600).set(model=model, steps=1_670_000)
+    return _core(vocab_size=153_600).set(model=on_device_model(), steps=1_670_000)
 
 
 @recipe
@@ -43,6 +38,4 @@ def afm_server_ptmoe() -> TrainerConfig:
     Hardware: Apple used 8,192 TPU v5p. Text of your own: --data.
     Expect:   unknown.
     """
-    hardware = {"activation_dtype": FloatType.BFLOAT16, "decoder.remat": Remat.FULL}
-    model = override(server_model(), hardware)
-    return _core(vocab_size=153_600).set(model=model, steps=1_600_000)
+    return _core(vocab_size=153_600).set(model=server_model(), steps=1_600_000)

@@ -10,9 +10,7 @@ first choice and 0.1 of the text's token); here it learns from the text alone.
 
 from pippin.core.checkpoint_config import CheckpointerConfig
 from pippin.core.config_tree import override
-from pippin.layers.causal_lm_config import CausalLMConfig, FloatType
 from pippin.layers.models.afm_on_device_2024 import afm_on_device_2024
-from pippin.layers.stack_config import Remat
 from pippin.train.input.config import (
     FilesConfig,
     MixtureConfig,
@@ -22,6 +20,7 @@ from pippin.train.input.config import (
 )
 from pippin.train.learner.config import AfmOptimizerConfig, CosineScheduleConfig, LearnerConfig, MuPConfig
 from pippin.train.recipe import recipe
+from pippin.train.recipes.mesh_rules import LARGE, SMALL
 from pippin.train.trainer_config import PerplexityConfig, TrainerConfig
 
 # The base of RoPE that lengthens the context to 32,768 tokens.
@@ -48,11 +47,6 @@ def _learner(
     )
 
 
-def _model() -> CausalLMConfig:
-    hardware = {"activation_dtype": FloatType.BFLOAT16, "decoder.remat": Remat.FULL}
-    return override(afm_on_device_2024(), hardware)
-
-
 def _input(batch_size: int, sequence_length: int) -> TextInputConfig:
     # Apple's mixture is not published: give your own text with --data.
     return TextInputConfig(
@@ -72,9 +66,10 @@ def afm_on_device_2024_core() -> TrainerConfig:
     Expect:   unknown; Apple publishes no loss.
     """
     return TrainerConfig(
-        model=_model(),
+        model=afm_on_device_2024(),
         input=_input(batch_size=2048, sequence_length=4096),
         learner=_learner(0.01, warmup_steps=5000, final_ratio=0.005),
+        mesh_rules=LARGE,
         checkpointer=CheckpointerConfig(every_steps=5000),
         evaluators=(PerplexityConfig(every_steps=5000, max_batches=64),),
         steps=750_000,
@@ -137,6 +132,7 @@ def afm_on_device_2024_tiny_core() -> TrainerConfig:
         ),
         input=_tiny_input(batch_size=16, sequence_length=64),
         learner=_learner(0.01, warmup_steps=20, final_ratio=0.005, base_dim=_TINY_DIM),
+        mesh_rules=SMALL,
         evaluators=(PerplexityConfig(every_steps=100, max_batches=4),),
         checkpointer=CheckpointerConfig(every_steps=100),
         steps=200,

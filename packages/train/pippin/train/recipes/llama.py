@@ -1,10 +1,8 @@
 """Public models of the Llama family, trained from scratch or on from their published weights."""
 
 from pippin.core.checkpoint_config import CheckpointerConfig
-from pippin.core.config_tree import override
-from pippin.layers.causal_lm_config import CausalLMConfig, FloatType
+from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.models import llama
-from pippin.layers.stack_config import Remat
 from pippin.train.input.config import (
     FilesConfig,
     MixtureConfig,
@@ -14,6 +12,7 @@ from pippin.train.input.config import (
 )
 from pippin.train.learner.config import AdamWConfig, CosineScheduleConfig, LearnerConfig, RuleConfig
 from pippin.train.recipe import recipe
+from pippin.train.recipes.mesh_rules import LARGE
 from pippin.train.trainer_config import PerplexityConfig, TrainerConfig
 
 
@@ -21,7 +20,7 @@ def _train(
     model: CausalLMConfig, *, batch_size: int, sequence_length: int, learner: LearnerConfig, steps: int
 ) -> TrainerConfig:
     return TrainerConfig(
-        model=override(model, {"activation_dtype": FloatType.BFLOAT16, "decoder.remat": Remat.FULL}),
+        model=model,
         input=TextInputConfig(
             mixture=MixtureConfig(tasks=(TaskConfig(name="text", source=FilesConfig()),)),
             tokenizer=TokenizerFilesConfig(),
@@ -29,6 +28,7 @@ def _train(
             sequence_length=sequence_length,
         ),
         learner=learner,
+        mesh_rules=LARGE,
         checkpointer=CheckpointerConfig(every_steps=2000),
         evaluators=(PerplexityConfig(every_steps=2000, max_batches=32),),
         steps=steps,

@@ -5,6 +5,7 @@ from pippin.layers.models.afm_on_device_2024 import afm_on_device_2024
 from pippin.train.input.config import SentencePieceConfig, TextInputConfig
 from pippin.train.learner.config import AdamWConfig, CosineScheduleConfig, LearnerConfig, RuleConfig
 from pippin.train.recipe import recipe
+from pippin.train.recipes.mesh_rules import SMALL
 from pippin.train.trainer_config import PerplexityConfig, TrainerConfig
 
 
@@ -32,5 +33,6 @@ def stdlib_tiny() -> TrainerConfig:
         ),
         evaluators=(PerplexityConfig(every_steps=140, max_batches=8),),
         checkpointer=CheckpointerConfig(every_steps=70, keep_last=2),
+        mesh_rules=SMALL,
         steps=420,
     )

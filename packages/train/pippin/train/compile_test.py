@@ -1,0 +1,76 @@
+"""The command on real compilers: libtpu is an overlay of this test, and no TPU is needed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pippin.train.compile import main
+
+_SMALL = [
+    *("--recipe", "stdlib_tiny", "--set", "model.vocab_size=512", "--set", "model.dim=128"),
+    *("--set", "model.decoder.num_layers=3", "--set", "input.sequence_length=128"),
+]
+
+
+def compiled(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = main([*_SMALL, *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_a_step_is_compiled_for_each_target_and_tabled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "report.html"
+    code, text = compiled(capsys, "--target", "tpu-v5e-4", "--target", "tpu-v5p-8", "--out", str(page))
+    assert code == 0
+    for target in ("tpu-v5e-4", "tpu-v5p-8"):
+        assert re.search(rf"^{target} +4 +data 4 +yes", text, re.MULTILINE)
+    assert "SetPrecision: model.activation_dtype: float32 -> bfloat16" in text
+    # Each device has all parameters, and so the gradients of all are summed over the data axis.
+    sent = re.findall(r"all-reduce +over data +groups of 4 .* ([\d.]+) GB", text)
+    assert len(sent) == 2 and all(float(s) > 0 for s in sent)
+    assert page.read_text().count("data:image/png") == 2
+
+
+def test_a_step_over_a_split_state_gathers_it(capsys: pytest.CaptureFixture[str]) -> None:
+    split = ["--set", "mesh_rules=()", "--set", "mesh.data=1", "--set", "mesh.fsdp=4"]
+    code, text = compiled(capsys, *split, "--target", "tpu-v5e-4")
+    assert code == 0
+    assert re.search(r"^tpu-v5e-4 +4 +fsdp 4 +yes", text, re.MULTILINE)
+    assert "over fsdp" in text and "over data" not in text
+
+
+def test_a_step_that_does_not_fit_is_said_with_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = compiled(capsys, "--set", "input.batch_size=65536", "--target", "tpu-v5e-1")
+    assert code == 1
+    assert re.search(r"^tpu-v5e-1 +1 +one device +NO +[\d.]+ of 16.0", text, re.MULTILINE)
+    assert "A microbatch has 65536 rows a device: SetAccumulation" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "tpu-v9-4"], "unknown target 'tpu-v9-4'"),
+        (
+            ["--target", "gpu-h100-8"],
+            "gpu-h100-8 is no TPU: compile has the compilers of tpu-v5e, tpu-v5p, tpu-v6e alone",
+        ),
+        (["--target", "tpu-v5e-48"], "tpu-v5e-48 is no TPU that there is"),
+        (
+            ["--target", "tpu-v5e-4", "--set", "input.batch_size=6"],
+            "input.batch_size (6) must be a multiple of 4",
+        ),
+        (
+            ["--target", "tpu-v5e-4", "--set", "mesh_rules=()", "--set", "mesh.tensor=3"],
+            "does not fit 4 devices: its sizes multiply to 3",
+        ),
+    ],
+)
+def test_a_mistake_is_told_without_a_stack_trace(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = compiled(capsys, *arguments)
+    assert code == 2
+    assert message in text and "Traceback" not in text

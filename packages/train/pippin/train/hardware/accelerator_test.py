@@ -1,0 +1,62 @@
+import pytest
+
+from pippin.core.errors import ConfigError
+from pippin.train.hardware.accelerator import DEVICES, parse_target, target_of
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "platform"),
+    [("tpu-v5p-512", 256, "tpu"), ("tpu-v5e-256", 256, "tpu"), ("gpu-h100-8", 8, "gpu"), ("cpu-2", 2, "cpu")],
+)
+def test_a_name_says_how_many_devices(name: str, devices: int, platform: str) -> None:
+    target = parse_target(name)
+    assert (target.num_devices, target.platform, target.name) == (devices, platform, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tpu-v5x-8", r"unknown target 'tpu-v5x-8' \(did you mean 'tpu-v5\w'\?\). Write KIND-COUNT"),
+        ("tpu-v5p-3", r"a multiple of 2 \(it counts TensorCores\)"),
+        ("gpu-h100-0", "a number of at least 1"),
+        ("tpu-v5e", "a number of at least 1. Write tpu-v5e-4"),
+    ],
+)
+def test_a_name_that_is_none_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_target(name)
+
+
+def test_slices_are_tori_and_beyond_the_largest_there_are_several() -> None:
+    assert parse_target("tpu-v5p-512").slices() == ((4, 8, 8), 1)
+    assert parse_target("tpu-v5e-512").slices() == ((16, 16), 2)
+    with pytest.raises(
+        ConfigError, match="tpu-v5e-48 is no TPU that there is: slices of tpu-v5e are tpu-v5e-1, tpu-v5e-4"
+    ):
+        parse_target("tpu-v5e-48").slices()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v5 lite", "tpu-v5e-8"),
+        ("TPU v5", "tpu-v5p-16"),
+        ("TPU v6 lite", "tpu-v6e-8"),
+        ("NVIDIA H100 80GB HBM3", "gpu-h100-8"),
+        ("cpu", "cpu-8"),
+    ],
+)
+def test_the_devices_that_jax_finds_have_a_name(kind: str, name: str) -> None:
+    assert target_of(kind, 8).name == name
+
+
+def test_an_accelerator_that_is_not_known_is_told_with_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"is 'Apple M9', which has no entry among .*mesh_rules=\(\)"):
+        target_of("Apple M9", 1)
+
+
+def test_a_tpu_s_clock_is_its_peak_over_the_multiplications_of_a_cycle() -> None:
+    # Matrix units: four of 128 x 128 (v5e), two cores of four (v5p), four of 256 x 256 (v6e).
+    for kind, multiplications in (("tpu-v5e", 4 * 128**2), ("tpu-v5p", 8 * 128**2), ("tpu-v6e", 4 * 256**2)):
+        device = DEVICES[kind]
+        assert device.clock_hz * 2 * multiplications == pytest.approx(device.peak_flops, rel=0.005)

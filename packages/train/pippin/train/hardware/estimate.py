@@ -1,0 +1,162 @@
+"""What the compiler of an accelerator says of a training step: whether it fits, and how long it will take."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pippin.core.config_tree import transform
+from pippin.core.module import merge, split
+from pippin.layers.kernel_config import ReferenceKernelConfig
+from pippin.train.hardware.accelerator import Target
+from pippin.train.hardware.flops import function_flops, matmul_flops
+from pippin.train.hardware.hlo import Profile, read_profile
+from pippin.train.hardware.mesh_rules import Applied, apply_mesh_rules
+from pippin.train.hardware.topology import topology_devices
+
+# What libtpu says of a program that does not fit: the size of its temporaries, or of all.
+_TOO_LARGE = re.compile(r"(?:temporaries \(|[Uu]sed )([\d.]+)([KMGT]?)")
+_UNIT = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """One training step on one target. Bytes and seconds are of one device."""
+
+    target: Target
+    applied: Applied
+    mesh: dict[str, int]
+    parameter_bytes: float
+    learner_bytes: float
+    temporary_bytes: float  # activations, gradients, and what is gathered of split parameters
+    program_bytes: float  # NaN where it does not fit
+    model_flops: float  # of the whole step, all devices: see `model_flops`
+    executed_flops: float  # the same with what is computed again, and with the attention that the kernels do
+    tokens: int
+    profile: Profile | None  # None: it did not fit, so there is no program
+    compile_s: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the compiler could place everything in the device's memory."""
+        return self.profile is not None
+
+    @property
+    def used_bytes(self) -> float:
+        """All of these: what a device needs."""
+        program = 0.0 if math.isnan(self.program_bytes) else self.program_bytes
+        return self.parameter_bytes + self.learner_bytes + self.temporary_bytes + program
+
+    @property
+    def compute_s(self) -> float:
+        """The compiler's own estimate of the cycles of all that is computed, over the clock."""
+        return self.profile.cycles / self.target.device.clock_hz if self.profile else math.nan
+
+    @property
+    def link_s(self) -> float:
+        """What crosses links, over their bandwidth."""
+        sent = sum(c.sent_bytes for c in self.profile.collectives) if self.profile else math.nan
+        return sent / self.target.device.link_bandwidth
+
+    @property
+    def step_s(self) -> tuple[float, float]:
+        """The least and the most that a step takes: transfers hidden behind computing, or none of them."""
+        return max(self.compute_s, self.link_s), self.compute_s + self.link_s
+
+    @property
+    def mfu(self) -> tuple[float, float]:
+        """Model FLOPs utilisation, from the most to the least time of a step."""
+        peak = self.target.num_devices * self.target.device.peak_flops
+        least, most = self.step_s
+        return self.model_flops / (peak * most), self.model_flops / (peak * least)
+
+    def remedy(self) -> str:
+        """What would help a step that does not fit; empty where it does."""
+        if self.fits:
+            return ""
+        state = self.parameter_bytes + self.learner_bytes
+        if state > self.target.device.memory_bytes / 2:
+            return (
+                "The state alone takes more than half: split it over more devices (SetMesh, a larger fsdp)."
+            )
+        rows = self.applied.cfg.input.batch_size / (
+            self.mesh["data"] * self.mesh["fsdp"] * self.applied.cfg.learner.microbatches
+        )
+        if rows > 1:
+            return f"A microbatch has {rows:g} rows a device: SetAccumulation with fewer rows_per_device."
+        return "One row is too long: SetRemat full, or split heads and feed-forwards (SetMesh, tensor)."
+
+
+def estimate(cfg: Any, target: Target) -> Estimate:
+    """Compiles the training step of a trainer's config for a target, and reads what came out.
+
+    Raises:
+        ConfigError: the config and the target do not fit each other, or there is no compiler for it.
+        ShardingError: the mesh does not fit the devices or the model.
+    """
+    applied = apply_mesh_rules(cfg, target)
+    cfg = applied.cfg
+    trainer = cfg.build(held_out=lambda most, task: (), devices=topology_devices(target))
+    mesh = dict(trainer.mesh.shape)
+    began = time.monotonic()
+    traced = trainer.trace()
+    parameter_bytes, learner_bytes = (
+        _shard_bytes(trainer.template.params),
+        _shard_bytes(trainer.template.learner),
+    )
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        size = _TOO_LARGE.search(str(e))
+        compiled, program = None, math.nan
+        temporary = float(size[1]) * _UNIT[size[2]] if size else math.nan
+    else:
+        stats = compiled.memory_analysis()
+        temporary, program = float(stats.temp_size_in_bytes), float(stats.generated_code_size_in_bytes)
+    return Estimate(
+        target=target,
+        applied=applied,
+        mesh=mesh,
+        parameter_bytes=parameter_bytes,
+        learner_bytes=learner_bytes,
+        temporary_bytes=temporary,
+        program_bytes=program,
+        model_flops=model_flops(cfg),
+        executed_flops=matmul_flops(traced.jaxpr.jaxpr),
+        tokens=cfg.input.batch_size * cfg.input.sequence_length,
+        profile=read_profile(compiled.as_text(), mesh) if compiled else None,
+        compile_s=time.monotonic() - began,
+    )
+
+
+def model_flops(cfg: Any) -> float:
+    """What a step has to compute: three times the matmuls of the forward pass, with all of attention's logits.
+
+    Nothing is counted for what is computed again. That attention's masked half counts too is how the
+    utilisations published in arXiv:2507.05411, table 3, can be reproduced.
+    """
+    whole = transform(cfg.model, lambda c: ReferenceKernelConfig() if c.PROVIDES == "attention_kernel" else c)
+    definition, params = split(nnx.eval_shape(lambda: whole.build(rngs=nnx.Rngs(0))))
+    shape = (1, cfg.input.sequence_length)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "loss_weights" else jnp.int32)
+        for name in ("tokens", "targets", "positions", "segment_ids", "loss_weights")
+    }
+    forward = function_flops(lambda p, b: merge(definition, p).loss(b)[0], params, batch)
+    return 3 * forward * cfg.input.batch_size
+
+
+def _shard_bytes(tree: Any) -> float:
+    """What one device holds of arrays."""
+    return float(
+        sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    )

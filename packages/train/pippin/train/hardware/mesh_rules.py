@@ -1,0 +1,127 @@
+"""What a run changes on which hardware: rules that map an accelerator to modifiers. No JAX.
+
+A recipe describes the model and its training. All that depends on hardware is in its
+mesh rules: the first rule whose pattern matches the accelerator's name has its modifiers applied.
+Source: Lee et al. 2025, arXiv:2507.05411, section 4 (mesh rules and config modifiers).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from typing import Any
+
+from pippin.core.config import field_hints
+from pippin.core.config_tree import diff, transform
+from pippin.core.errors import ConfigError
+from pippin.core.mesh_config import MESH_AXES, MeshConfig
+from pippin.train.hardware.accelerator import Target
+from pippin.train.hardware.mesh_rules_config import (
+    MeshRuleConfig,
+    SetAccumulationConfig,
+    SetMeshConfig,
+    SetPrecisionConfig,
+    SetRematConfig,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Applied:
+    """A config for some hardware, and how it came about."""
+
+    cfg: Any
+    rule: MeshRuleConfig | None  # None: the config has no rules, and is as it was written
+    changes: tuple[tuple[str, tuple[str, ...]], ...]  # of each modifier: its name, and the lines of the diff
+
+
+def apply_mesh_rules(cfg: Any, target: Target) -> Applied:
+    """A trainer's config with the modifiers of the first rule that fits an accelerator.
+
+    Raises:
+        ConfigError: it has rules, and none fits; or the rule would undo a mesh that was set by hand.
+    """
+    if not cfg.mesh_rules:
+        return Applied(cfg, None, ())
+    rule = next((r for r in cfg.mesh_rules if fnmatch.fnmatchcase(target.name, r.accelerators)), None)
+    if rule is None:
+        raise ConfigError(
+            f"no mesh rule fits {target.name}. The rules are for {', '.join(r.accelerators for r in cfg.mesh_rules)}. Add "
+            "one to the recipe, or leave the rules out (--set 'mesh_rules=()') and set mesh.* yourself."
+        )
+    changes = []
+    for modifier in rule.modifiers:
+        before, cfg = cfg, modifier.build()(cfg, target)
+        changes.append((type(modifier).TYPE.rpartition(".")[2], tuple(diff(before, cfg))))
+    return Applied(cfg, rule, tuple(changes))
+
+
+class SetMesh:
+    """Gives a run the sizes of the mesh's axes."""
+
+    Config = SetMeshConfig
+
+    def __init__(self, cfg: SetMeshConfig):
+        self._cfg = cfg
+
+    def __call__(self, cfg: Any, target: Target) -> Any:
+        """The config on the new mesh.
+
+        Raises:
+            ConfigError: the mesh was set by hand.
+        """
+        chosen = {axis: getattr(cfg.mesh, axis) for axis in MESH_AXES}
+        if chosen != {axis: getattr(MeshConfig(), axis) for axis in MESH_AXES}:
+            raise ConfigError(
+                f"mesh was set to {chosen}, and the rule for {target.name} sets it too. Leave out one: "
+                "--set 'mesh_rules=()' trains without rules."
+            )
+        return cfg.set(mesh=cfg.mesh.set(**{axis: getattr(self._cfg, axis) for axis in MESH_AXES}))
+
+
+class SetRemat:
+    """Gives every stack of layers a remat policy."""
+
+    Config = SetRematConfig
+
+    def __init__(self, cfg: SetRematConfig):
+        self._cfg = cfg
+
+    def __call__(self, cfg: Any, target: Target) -> Any:
+        """The config with the policy wherever one can be set."""
+        return _set_everywhere(cfg, "remat", self._cfg.remat)
+
+
+class SetPrecision:
+    """Gives the model the type of its activations."""
+
+    Config = SetPrecisionConfig
+
+    def __init__(self, cfg: SetPrecisionConfig):
+        self._cfg = cfg
+
+    def __call__(self, cfg: Any, target: Target) -> Any:
+        """The config with that type."""
+        return _set_everywhere(cfg, "activation_dtype", self._cfg.activation_dtype)
+
+
+class SetAccumulation:
+    """Splits the batch so that it fits the devices."""
+
+    Config = SetAccumulationConfig
+
+    def __init__(self, cfg: SetAccumulationConfig):
+        self._cfg = cfg
+
+    def __call__(self, cfg: Any, target: Target) -> Any:
+        """The config with as many microbatches as are needed."""
+        shape = cfg.mesh.shape(target.num_devices)
+        rows = cfg.input.batch_size // (shape["data"] * shape["fsdp"])
+        microbatches = next(
+            (n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= self._cfg.rows_per_device), 1
+        )
+        return cfg.set(learner=cfg.learner.set(microbatches=microbatches))
+
+
+def _set_everywhere(cfg: Any, field: str, value: Any) -> Any:
+    model = transform(cfg.model, lambda c: c.set(**{field: value}) if field in field_hints(type(c)) else c)
+    return cfg.set(model=model)

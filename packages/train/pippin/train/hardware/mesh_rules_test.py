@@ -1,0 +1,84 @@
+import pytest
+
+from pippin.core.config_tree import override
+from pippin.core.errors import ConfigError
+from pippin.layers.causal_lm_config import FloatType
+from pippin.layers.stack_config import Remat
+from pippin.train.hardware.accelerator import parse_target
+from pippin.train.hardware.mesh_rules import apply_mesh_rules
+from pippin.train.hardware.mesh_rules_config import (
+    MeshRuleConfig,
+    SetAccumulationConfig,
+    SetMeshConfig,
+    SetPrecisionConfig,
+    SetRematConfig,
+)
+from pippin.train.recipe import all_recipes
+from pippin.train.toy import toy_config
+from pippin.train.trainer_config import TrainerConfig
+
+_RULES = (
+    MeshRuleConfig(accelerators="cpu-*"),
+    MeshRuleConfig(
+        accelerators="tpu-v5e-*",
+        modifiers=(
+            SetMeshConfig(data=2, fsdp=-1),
+            SetRematConfig(),
+            SetPrecisionConfig(),
+            SetAccumulationConfig(rows_per_device=1),
+        ),
+    ),
+    MeshRuleConfig(accelerators="tpu-*"),
+)
+
+
+def _cfg() -> TrainerConfig:
+    return toy_config(batch_size=16).set(mesh_rules=_RULES)
+
+
+def test_the_first_rule_that_fits_is_applied() -> None:
+    cfg = apply_mesh_rules(_cfg(), parse_target("tpu-v5e-4")).cfg
+    assert (cfg.mesh.data, cfg.mesh.fsdp) == (2, -1)
+    assert cfg.mesh.rules == _cfg().mesh.rules
+    assert cfg.model.decoder.remat is Remat.FULL
+    assert cfg.model.activation_dtype is FloatType.BFLOAT16
+    assert cfg.learner.microbatches == 4  # 16 rows over 4 devices, one at a time
+    assert apply_mesh_rules(_cfg(), parse_target("tpu-v6e-4")).cfg == _cfg()
+
+
+def test_what_each_modifier_changed_is_told() -> None:
+    applied = apply_mesh_rules(_cfg(), parse_target("tpu-v5e-4"))
+    assert dict(applied.changes) == {
+        "SetMesh": ("mesh.data: -1 -> 2", "mesh.fsdp: 1 -> -1"),
+        "SetRemat": ("model.decoder.remat: none -> full",),
+        "SetPrecision": ("model.activation_dtype: float32 -> bfloat16",),
+        "SetAccumulation": ("learner.microbatches: 1 -> 4",),
+    }
+
+
+def test_an_accelerator_without_a_rule_is_refused_with_the_rules() -> None:
+    with pytest.raises(
+        ConfigError, match=r"no mesh rule fits gpu-h100-8. The rules are for cpu-\*, tpu-v5e-\*, tpu-\*"
+    ):
+        apply_mesh_rules(_cfg(), parse_target("gpu-h100-8"))
+
+
+def test_a_mesh_that_was_set_by_hand_is_not_undone() -> None:
+    cfg = override(_cfg(), {"mesh.tensor": 2})
+    with pytest.raises(
+        ConfigError, match=r"mesh was set to .*'tensor': 2.*the rule for tpu-v5e-4 sets it too"
+    ):
+        apply_mesh_rules(cfg, parse_target("tpu-v5e-4"))
+
+
+def test_without_rules_a_config_is_for_any_hardware_as_it_is() -> None:
+    applied = apply_mesh_rules(toy_config(), parse_target("gpu-b200-64"))
+    assert (applied.cfg, applied.rule) == (toy_config(), None)
+
+
+@pytest.mark.parametrize(
+    "target", ["cpu-1", "tpu-v5e-256", "tpu-v5p-512", "tpu-v6e-256", "gpu-h100-256", "gpu-b200-64"]
+)
+@pytest.mark.parametrize("name", all_recipes())
+def test_every_recipe_has_a_rule_for_every_accelerator(name: str, target: str) -> None:
+    assert apply_mesh_rules(all_recipes()[name].make(), parse_target(target)).rule is not None
