@@ -11,3 +11,5 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if "TEST_TMPDIR" in os.environ:  # a sandbox, from which the user's cache cannot be written
+    os.environ.setdefault("PIPPIN_CACHE_DIR", os.path.join(os.environ["TEST_TMPDIR"], "cache"))

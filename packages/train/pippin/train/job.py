@@ -75,6 +75,7 @@ def _train(
     import jax
 
     from pippin.train import loop
+    from pippin.train.hardware.compilation_cache import keep_compiled_programs
     from pippin.train.hardware.machine import for_this_machine
     from pippin.train.metric_writer import MetricWriter
 
@@ -83,6 +84,7 @@ def _train(
             f"this job has {jax.process_count()} processes; launch trains with one process, over all its devices. "
             "Start it on one host."
         )
+    keep_compiled_programs()
     cfg = for_this_machine(cfg).cfg
     trainer = cfg.build(held_out=partial(_held_out, source))
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"

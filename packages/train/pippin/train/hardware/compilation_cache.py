@@ -1,0 +1,37 @@
+"""Compiled programs that are kept: a second start of the same job does not compile again."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from pathlib import Path
+
+import jax
+
+from pippin.train.input.cache import default_cache_dir
+
+
+def keep_compiled_programs(directory: Path | None = None) -> Path:
+    """Has JAX keep what it compiles, and use what was kept. An own choice (JAX_COMPILATION_CACHE_DIR) stands.
+
+    JAX's key covers the program, the compiler's version and its options, and the devices. It does not cover which
+    instructions this machine's CPU has, on which programs for the CPU depend: they are a part of the directory.
+
+    Returns:
+        The directory.
+    """
+    if own := jax.config.jax_compilation_cache_dir:
+        return Path(own)
+    chosen = directory or default_cache_dir() / "programs" / _cpu()
+    jax.config.update("jax_compilation_cache_dir", str(chosen))
+    return chosen
+
+
+def _cpu() -> str:
+    """16 hex digits for the kind of CPU and its instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = [line for line in lines if line.startswith(("flags", "Features", "model name"))][:2]
+    return hashlib.sha256("\n".join([platform.machine(), *features]).encode()).hexdigest()[:16]
