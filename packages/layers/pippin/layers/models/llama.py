@@ -1,14 +1,16 @@
-"""The Llama family: SmolLM2, Llama 3, Llama 3.2 and Qwen3.
+"""The Llama family: SmolLM2, Llama 2, Llama 3, Llama 3.2 and Qwen3.
 
 One dense decoder: pre-norm, grouped-query attention with RoPE, SwiGLU, no biases.
 
     model           parameters      differs in
     SmolLM2 135M      134,515,008   tied; RoPE base 100,000
+    Llama 2 7B      6,738,415,616   untied; as many key heads as query heads; RoPE base 10,000
+    Llama 2 70B    68,976,648,192   untied; eight key heads; RoPE base 10,000
     Llama 3 8B      8,030,261,248   untied; RoPE base 500,000
     Llama 3.2 1B    1,235,814,400   tied; low frequencies slowed 32 times, for long contexts
     Qwen3 0.6B        596,049,920   tied; queries and keys normalised per head before the rotation; base 1,000,000
 
-Source: Llama 3, arXiv:2407.21783, section 3.2; SmolLM2, arXiv:2502.02737; Qwen3,
+Source: Llama 2, arXiv:2307.09288, section 2.2; Llama 3, arXiv:2407.21783, section 3.2; SmolLM2, arXiv:2502.02737; Qwen3,
 arXiv:2505.09388, section 2; sizes from each model's published config.json.
 """
 
@@ -73,6 +75,36 @@ def smollm2_135m() -> CausalLMConfig:
         hidden_dim=1536,
         tied=True,
         position=RoPEConfig(theta=100_000.0),
+    )
+
+
+def llama2_7b() -> CausalLMConfig:
+    """Llama 2 7B, for contexts of up to 4,096 tokens."""
+    return llama(
+        vocab_size=32_000,
+        dim=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        hidden_dim=11_008,
+        tied=False,
+        position=RoPEConfig(theta=10_000.0),
+    )
+
+
+def llama2_70b() -> CausalLMConfig:
+    """Llama 2 70B, for contexts of up to 4,096 tokens."""
+    return llama(
+        vocab_size=32_000,
+        dim=8192,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        hidden_dim=28_672,
+        tied=False,
+        position=RoPEConfig(theta=10_000.0),
     )
 
 

@@ -19,7 +19,7 @@ from pippin.layers.models.afm_on_device_2024 import afm_on_device_2024
 from pippin.layers.models.afm_on_device_2025 import afm_on_device_2025
 from pippin.layers.models.afm_server_2024 import afm_server_2024
 from pippin.layers.models.afm_server_2025 import afm_server_2025
-from pippin.layers.models.llama import llama3_2_1b, llama3_8b, qwen3_0_6b, smollm2_135m
+from pippin.layers.models.llama import llama2_7b, llama2_70b, llama3_2_1b, llama3_8b, qwen3_0_6b, smollm2_135m
 from pippin.layers.position_config import RoPEConfig
 
 
@@ -74,6 +74,8 @@ MODELS = {
         ),
     ),
     "smollm2_135m": Model(smollm2_135m, 134_515_008, override(smollm2_135m(), _TINY_LLAMA)),
+    "llama2_7b": Model(llama2_7b, 6_738_415_616, override(llama2_7b(), _TINY_LLAMA)),
+    "llama2_70b": Model(llama2_70b, 68_976_648_192, override(llama2_70b(), _TINY_LLAMA)),
     "llama3_8b": Model(llama3_8b, 8_030_261_248, override(llama3_8b(), _TINY_LLAMA)),
     "llama3_2_1b": Model(llama3_2_1b, 1_235_814_400, override(llama3_2_1b(), _TINY_LLAMA)),
     "qwen3_0_6b": Model(qwen3_0_6b, 596_049_920, override(qwen3_0_6b(), _TINY_LLAMA)),

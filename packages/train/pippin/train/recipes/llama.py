@@ -45,6 +45,30 @@ def _adamw(learning_rate: float, warmup_steps: int, final_ratio: float) -> Learn
 
 
 @recipe
+def llama2_7b() -> TrainerConfig:
+    """Llama 2 7B at a context of 4,096.
+
+    Source:   arXiv:2307.09288, section 2.2: 2T tokens, 4M a batch, learning rate 3e-4.
+    Hardware: hundreds of accelerators. Your text: --data; a tokenizer: --set input.tokenizer.directory=DIR.
+    Expect:   unknown for other text than Meta's.
+    """
+    learner = _adamw(3e-4, warmup_steps=2000, final_ratio=0.1)
+    return _train(llama.llama2_7b(), batch_size=1024, sequence_length=4096, learner=learner, steps=476_000)
+
+
+@recipe
+def llama2_70b() -> TrainerConfig:
+    """Llama 2 70B at a context of 4,096.
+
+    Source:   arXiv:2307.09288, section 2.2: 2T tokens, 4M a batch, learning rate 1.5e-4.
+    Hardware: hundreds of accelerators. Your text: --data; a tokenizer: --set input.tokenizer.directory=DIR.
+    Expect:   unknown for other text than Meta's.
+    """
+    learner = _adamw(1.5e-4, warmup_steps=2000, final_ratio=0.1)
+    return _train(llama.llama2_70b(), batch_size=1024, sequence_length=4096, learner=learner, steps=476_000)
+
+
+@recipe
 def llama3_8b() -> TrainerConfig:
     """Llama 3 8B at a context of 8,192.
 
