@@ -18,7 +18,15 @@ from pippin.core.mesh_config import (
 if TYPE_CHECKING:
     import jax
 
-__all__ = ["LOGICAL_AXES", "MESH_AXES", "AxisRuleConfig", "MeshConfig", "constrain", "use_mesh"]
+__all__ = [
+    "LOGICAL_AXES",
+    "MESH_AXES",
+    "AxisRuleConfig",
+    "MeshConfig",
+    "constrain",
+    "mesh_in_use",
+    "use_mesh",
+]
 
 _active: contextvars.ContextVar[tuple[MeshConfig, jax.sharding.Mesh] | None] = contextvars.ContextVar(
     "mesh", default=None
@@ -35,6 +43,11 @@ def use_mesh(cfg: MeshConfig, mesh: jax.sharding.Mesh) -> Iterator[None]:
         _active.reset(token)
 
 
+def mesh_in_use() -> tuple[MeshConfig, jax.sharding.Mesh] | None:
+    """The mesh of the `use_mesh` block that runs now: for layers that split their work themselves."""
+    return _active.get()
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x`, split over the mesh in use as its logical axes say; unchanged where no mesh is in use.
 
@@ -44,7 +57,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     for axis in axes:
         if axis is not None:
             require_logical_axis(axis)
-    active = _active.get()
+    active = mesh_in_use()
     if active is None:
         return x
     import jax
