@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pippin.core.module import Module
+from pippin.core.sharding import mesh_in_use
 from pippin.layers.context import Context, KeyValues
-from pippin.layers.kernel_config import BlockwiseKernelConfig, ReferenceKernelConfig
+from pippin.layers.kernel_config import AttentionShape, BlockwiseKernelConfig, ReferenceKernelConfig
 from pippin.layers.precision import at_least_float32
 
 _MAX_UNROLLED = 16  # blocks of queries written out one after the other
@@ -27,6 +28,44 @@ class Logits:
     soft_cap: float | None = None  # logits become cap * tanh(logit / cap)
     bias: Bias | None = None  # added after the cap
     sinks: Float[Array, " N"] | None = None  # a logit for each head that takes weight and gives no value
+
+
+def attention_shape(
+    q: Float[Array, "B T N H"], kv: KeyValues, ctx: Context, logits: Logits
+) -> AttentionShape:
+    """What a kernel is chosen by, of a call inside a program for the mesh in use, if there is one."""
+    active = mesh_in_use()
+    shards = 1
+    if active is not None:
+        cfg, mesh = active
+        split = cfg.spec(("batch", "sequence"))[1]
+        for axis in (split,) if isinstance(split, str) else split or ():
+            shards *= mesh.shape[axis]
+    bias = None if logits.bias is None else jax.eval_shape(logits.bias, ctx.positions, kv.positions)
+    _, query_length, num_heads, head_dim = q.shape
+    return AttentionShape(
+        platform=_platform(),
+        query_length=query_length,
+        key_length=kv.k.shape[1],
+        num_heads=num_heads,
+        num_kv_heads=kv.k.shape[2],
+        head_dim=head_dim,
+        dtype=q.dtype.name,
+        aligned=kv.aligned,
+        window=logits.window,
+        soft_cap=logits.soft_cap,
+        # A position encoding without a bias says so by returning none.
+        has_bias=bias is not None,
+        has_sinks=logits.sinks is not None,
+        sequence_shards=shards,
+    )
+
+
+def _platform() -> str:
+    """That of the mesh, whose devices need not be here: programs for TPUs are compiled on other machines."""
+    active = mesh_in_use()
+    name = jax.default_backend() if active is None else active[1].devices.flat[0].platform
+    return "gpu" if name == "cuda" else name
 
 
 class ReferenceKernel(Module):

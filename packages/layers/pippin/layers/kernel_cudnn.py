@@ -5,8 +5,8 @@ from jaxtyping import Array, Float
 
 from pippin.core.module import Module
 from pippin.layers.context import Context, KeyValues
-from pippin.layers.kernel import Logits, visible
-from pippin.layers.kernel_config import CuDNNKernelConfig
+from pippin.layers.kernel import Logits, attention_shape, visible
+from pippin.layers.kernel_config import CuDNNKernelConfig, choose
 
 
 class CuDNNKernel(Module):
@@ -21,11 +21,17 @@ class CuDNNKernel(Module):
     implementation = "cudnn"
 
     def __init__(self, cfg: CuDNNKernelConfig):
-        del cfg
+        self.cfg = cfg
 
     def __call__(
         self, q: Float[Array, "B T N H"], kv: KeyValues, ctx: Context, logits: Logits
     ) -> Float[Array, "B T N H"]:
+        """The result.
+
+        Raises:
+            ConfigError: the config does not support the call.
+        """
+        choose(self.cfg, attention_shape(q, kv, ctx, logits))
         mask = visible(ctx.positions, ctx.segment_ids, kv, logits.window)
         return jax.nn.dot_product_attention(
             q,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pippin.core.errors import ConfigError
 from pippin.layers import reference
 from pippin.layers.context import Context, KeyValues
 from pippin.layers.kernel import Logits
@@ -21,6 +22,7 @@ _RESTARTED = np.array([[0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 4]], np.int32)
 @pytest.mark.parametrize("packed", [False, True])
 def test_cudnn_is_asked_for_the_same_attention(window, packed, monkeypatch):
     monkeypatch.setattr(CuDNNKernel, "implementation", "xla")
+    monkeypatch.setattr(CuDNNKernelConfig, "supports", lambda cfg, shape: "")
     q, k, v = (normal(_B, _T, n, _H, seed=i) for i, n in enumerate((_N, _K, _K)))
     at, segments = (_RESTARTED, _SEGMENTS) if packed else (positions(_B, _T), None)
 
@@ -41,8 +43,8 @@ def test_cudnn_is_asked_for_the_same_attention(window, packed, monkeypatch):
     jax.tree.map(assert_close, gradients, results(ReferenceKernelConfig())[0])
 
 
-def test_without_cudnn_jax_says_so():
+def test_a_call_that_cudnn_cannot_serve_is_refused():
     q = jnp.zeros((1, 2, 1, 8), jnp.bfloat16)
     kv = KeyValues(q, q, jnp.asarray(positions(1, 2)), None, aligned=True)
-    with pytest.raises(RuntimeError, match="cuDNN is not detected"):
+    with pytest.raises(ConfigError, match="CuDNNKernel: it runs on NVIDIA GPUs, and this is a cpu"):
         CuDNNKernelConfig().build()(q, kv, Context(kv.positions), Logits(1.0))

@@ -13,9 +13,9 @@ import pytest
 from pippin.core.config import Config
 from pippin.core.errors import ConfigError
 from pippin.core.sharding import MESH_AXES, MeshConfig
-from pippin.layers import kernel_select
+from pippin.layers import kernel, kernel_select
 from pippin.layers.context import Context, KeyValues
-from pippin.layers.kernel import Logits
+from pippin.layers.kernel import Logits, attention_shape
 from pippin.layers.kernel_config import (
     AttentionShape,
     BlockwiseKernelConfig,
@@ -25,7 +25,6 @@ from pippin.layers.kernel_config import (
     SplashKernelConfig,
     choose,
 )
-from pippin.layers.kernel_select import attention_shape
 from pippin.layers.position_config import ALiBiConfig, RoPEConfig
 from pippin.layers.testing import assert_close, normal, positions
 
@@ -95,7 +94,7 @@ def test_cudnn_says_what_it_cannot_serve(change, reason):
 
 
 @pytest.mark.parametrize(
-    "change, kernel, passed_over",
+    "change, expected, passed_over",
     [
         ({}, SplashKernelConfig, []),
         ({"platform": "gpu"}, CuDNNKernelConfig, ["SplashKernel"]),
@@ -103,9 +102,9 @@ def test_cudnn_says_what_it_cannot_serve(change, reason):
         ({"aligned": False}, BlockwiseKernelConfig, ["SplashKernel", "CuDNNKernel"]),
     ],
 )
-def test_the_first_kernel_that_supports_the_call_is_chosen(change, kernel, passed_over):
+def test_the_first_kernel_that_supports_the_call_is_chosen(change, expected, passed_over):
     chosen, reasons = choose(SelectKernelConfig(), dataclasses.replace(_TPU, **change))
-    assert isinstance(chosen, kernel)
+    assert isinstance(chosen, expected)
     assert [name for name, _ in reasons] == passed_over
     assert all(reason for _, reason in reasons)
 
@@ -212,7 +211,7 @@ def test_a_call_is_described_without_looking_at_a_value(position, biased):
 def test_the_platform_is_that_of_the_mesh_whose_devices_need_not_be_here(platform, name, monkeypatch):
     devices = np.array([types.SimpleNamespace(platform=platform)])
     mesh = types.SimpleNamespace(devices=devices, shape=dict.fromkeys(MESH_AXES, 2))
-    monkeypatch.setattr(kernel_select, "mesh_in_use", lambda: (MeshConfig(), mesh))
+    monkeypatch.setattr(kernel, "mesh_in_use", lambda: (MeshConfig(), mesh))
     shape = attention_shape(_Q, _KV, _CTX, Logits(0.3))
     assert (shape.platform, shape.sequence_shards) == (name, 2)
 

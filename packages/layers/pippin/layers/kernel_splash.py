@@ -8,8 +8,8 @@ from jaxtyping import Array, Float, Int
 from pippin.core.module import Module
 from pippin.core.sharding import mesh_in_use
 from pippin.layers.context import Context, KeyValues
-from pippin.layers.kernel import Logits
-from pippin.layers.kernel_config import SplashKernelConfig
+from pippin.layers.kernel import Logits, attention_shape
+from pippin.layers.kernel_config import SplashKernelConfig, choose
 
 _PADDING = -1  # the segment of tokens without a position: nothing else attends to them
 
@@ -32,6 +32,12 @@ class SplashKernel(Module):
     def __call__(
         self, q: Float[Array, "B T N H"], kv: KeyValues, ctx: Context, logits: Logits
     ) -> Float[Array, "B T N H"]:
+        """The result.
+
+        Raises:
+            ConfigError: the config does not support the call.
+        """
+        choose(self.cfg, attention_shape(q, kv, ctx, logits))
         same = ctx.segment_ids is None or kv.segment_ids is None
         queries = _segments(ctx.positions, None if same else ctx.segment_ids)
         keys = _segments(kv.positions, None if same else kv.segment_ids)

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pippin.core.errors import ConfigError
 from pippin.layers import reference
 from pippin.layers.context import Context, KeyValues
 from pippin.layers.kernel import Logits
 from pippin.layers.kernel_config import ReferenceKernelConfig, SplashKernelConfig
+from pippin.layers.position_config import ALiBiConfig
 from pippin.layers.testing import assert_close, normal, positions
 
 _B, _T, _N, _K, _H = 2, 256, 4, 2, 16
@@ -108,3 +110,11 @@ def test_bfloat16_keeps_its_dtype():
     exact, _ = _run(_KERNEL, Case(), jnp.float32)
     # Inputs, weights and the result are rounded to 8 bits each: a few steps of 2^-9 of values up to 4.
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=4 * 4 * 2**-9, rtol=0)
+
+
+def test_a_bias_is_refused_rather_than_left_out():
+    q, k, v, _ = (jnp.asarray(a, jnp.float32) for a in Case().inputs)
+    kv = KeyValues(k, v, jnp.asarray(positions(_B, _T)), None, aligned=True)
+    bias = ALiBiConfig(num_heads=_N, head_dim=_H).build().bias
+    with pytest.raises(ConfigError, match="SplashKernel: it adds no bias to logits"):
+        _KERNEL.build()(q, kv, Context(kv.positions), Logits(1.0, bias=bias))

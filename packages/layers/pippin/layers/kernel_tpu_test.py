@@ -28,7 +28,9 @@ _ATTENTION = configs.GroupedQueryAttentionConfig(input_dim=256, num_heads=4, num
 _MESH = MeshConfig(data=1, fsdp=-1, tensor=2)
 
 
-def _compiled(cfg: Any, topology: str, dtype: Any, mesh_config: MeshConfig = _MESH, length: int = 1024) -> Any:
+def _compiled(
+    cfg: Any, topology: str, dtype: Any, mesh_config: MeshConfig = _MESH, length: int = 1024
+) -> Any:
     """The gradient of a layer over packed documents, as a program for some TPUs."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = mesh_config.make(devices)

@@ -17,8 +17,7 @@ from pippin.core.module import merge, parameter_infos
 from pippin.core.sharding import MeshConfig, use_mesh
 from pippin.layers import configs
 from pippin.layers.context import Context, KeyValues
-from pippin.layers.kernel import Logits
-from pippin.layers.kernel_select import attention_shape
+from pippin.layers.kernel import Logits, attention_shape
 from pippin.layers.testing import assert_close, normal, parts, positions
 
 pytestmark = pytest.mark.skipif(
