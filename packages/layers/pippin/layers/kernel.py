@@ -41,6 +41,7 @@ def attention_shape(
         split = cfg.spec(("batch", "sequence"))[1]
         for axis in (split,) if isinstance(split, str) else split or ():
             shards *= mesh.shape[axis]
+    # A position encoding without a bias has the method all the same, and returns none.
     bias = None if logits.bias is None else jax.eval_shape(logits.bias, ctx.positions, kv.positions)
     _, query_length, num_heads, head_dim = q.shape
     return AttentionShape(
@@ -54,7 +55,6 @@ def attention_shape(
         aligned=kv.aligned,
         window=logits.window,
         soft_cap=logits.soft_cap,
-        # A position encoding without a bias says so by returning none.
         has_bias=bias is not None,
         has_sinks=logits.sinks is not None,
         sequence_shards=shards,
@@ -132,8 +132,8 @@ class BlockwiseKernel(Module):
                 # Where the window reaches beyond the first key, the slice moves to later ones, which are masked.
                 width = min(stop, logits.window - 1 + size)
                 seen = _dynamic_slice(kv, first - (logits.window - 1), width)
-            rows = _dynamic_slice((q, ctx.positions, ctx.segment_ids), first, size)
-            return _attend(*rows, seen, logits)
+            q, positions, segment_ids = _dynamic_slice((q, ctx.positions, ctx.segment_ids), first, size)
+            return _attend(q, positions, segment_ids, seen, logits)
 
         firsts = jnp.arange(start, stop, size, dtype=jnp.int32)
         out = jax.lax.map(lambda first: block(first, q, kv, ctx), firsts)
@@ -150,7 +150,8 @@ def _block(
     def block(q: Array, kv: KeyValues, ctx: Context) -> Array:
         first = 0 if logits.window is None else max(0, start - logits.window + 1)
         seen = _slice(kv, first, stop) if kv.aligned else kv
-        return _attend(*_slice((q, ctx.positions, ctx.segment_ids), start, stop), seen, logits)
+        q, positions, segment_ids = _slice((q, ctx.positions, ctx.segment_ids), start, stop)
+        return _attend(q, positions, segment_ids, seen, logits)
 
     return block(q, kv, ctx)
 

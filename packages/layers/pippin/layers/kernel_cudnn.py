@@ -1,5 +1,7 @@
 """Attention of NVIDIA's cuDNN, through JAX."""
 
+from typing import ClassVar, Literal
+
 import jax
 from jaxtyping import Array, Float
 
@@ -18,7 +20,7 @@ class CuDNNKernel(Module):
 
     Config = CuDNNKernelConfig
 
-    implementation = "cudnn"
+    implementation: ClassVar[Literal["xla", "cudnn"]] = "cudnn"
 
     def __init__(self, cfg: CuDNNKernelConfig):
         self.cfg = cfg

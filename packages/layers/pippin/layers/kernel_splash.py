@@ -1,5 +1,7 @@
 """Splash attention: JAX's Pallas kernel for TPUs, forward and backward."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
@@ -38,9 +40,9 @@ class SplashKernel(Module):
             ConfigError: the config does not support the call.
         """
         choose(self.cfg, attention_shape(q, kv, ctx, logits))
-        same = ctx.segment_ids is None or kv.segment_ids is None
-        queries = _segments(ctx.positions, None if same else ctx.segment_ids)
-        keys = _segments(kv.positions, None if same else kv.segment_ids)
+        packed = ctx.segment_ids is not None and kv.segment_ids is not None
+        queries = _segments(ctx.positions, ctx.segment_ids if packed else None)
+        keys = _segments(kv.positions, kv.segment_ids if packed else None)
         args = (q * logits.scale, kv.k.astype(q.dtype), kv.v.astype(q.dtype), queries, keys)
         sinks = () if logits.sinks is None else (logits.sinks.astype(jnp.float32),)
 
@@ -89,7 +91,7 @@ class SplashKernel(Module):
             interpret=self.cfg.interpret,
         )
 
-        def row(q: Array, k: Array, v: Array, queries: Array, keys: Array) -> Array:
+        def row(q: Array, k: Array, v: Array, queries: Array, keys: Array) -> Any:
             return kernel(q, k, v, splash_attention.SegmentIds(queries, keys), sinks)
 
         q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))  # heads before tokens
