@@ -3,6 +3,7 @@
 A component is found by the module that declares its config; there is no list to keep.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -54,6 +55,15 @@ FIELDS: dict[str, Any] = {
 }
 
 
+# The fields, sizes and static inputs of a call that a component serves, where it serves some calls only.
+SERVED: dict[str, tuple[dict[str, Any], dict[str, int], dict[str, Any]]] = {
+    "pippin.layers.SplashKernel": ({"interpret": True}, {"T": 128, "S": 128}, {"aligned": True}),
+}
+
+# What says a component that nothing on this machine can call; the arguments of its methods are compared.
+REFUSED = {"pippin.layers.CuDNNKernel": "CuDNNKernel: it runs on NVIDIA GPUs, and this is a cpu"}
+
+
 def default(name: str) -> Config:
     return registry()[name]()
 
@@ -82,7 +92,10 @@ def test_a_component_does_what_its_interface_says(name: str, dtype: Any):
     cfg = fill_required(default(name), FIELDS)
     if "activation_dtype" in field_hints(type(cfg)):
         cfg = override(cfg, {"activation_dtype": jnp.dtype(dtype).name})
-    check_conformance(cfg, dtype=dtype, values=values())
+    fields, sizes, statics = SERVED.get(name, ({}, {}, {}))
+    refusal = REFUSED.get(name)
+    with pytest.raises(ConfigError, match=refusal) if refusal else contextlib.nullcontext():
+        check_conformance(cfg.set(**fields), dtype=dtype, sizes=sizes, values=values() | statics)
 
 
 @pytest.mark.parametrize("name", interfaces())

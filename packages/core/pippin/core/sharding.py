@@ -19,7 +19,16 @@ from pippin.core.mesh_config import (
 if TYPE_CHECKING:
     import jax
 
-__all__ = ["LOGICAL_AXES", "MESH_AXES", "AxisRuleConfig", "MeshConfig", "constrain", "num_shards", "use_mesh"]
+__all__ = [
+    "LOGICAL_AXES",
+    "MESH_AXES",
+    "AxisRuleConfig",
+    "MeshConfig",
+    "constrain",
+    "mesh_in_use",
+    "num_shards",
+    "use_mesh",
+]
 
 _active: contextvars.ContextVar[tuple[MeshConfig, jax.sharding.Mesh] | None] = contextvars.ContextVar(
     "mesh", default=None
@@ -34,6 +43,11 @@ def use_mesh(cfg: MeshConfig, mesh: jax.sharding.Mesh) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
+
+
+def mesh_in_use() -> tuple[MeshConfig, jax.sharding.Mesh] | None:
+    """The mesh of the `use_mesh` block that runs now: for layers that split their work themselves."""
+    return _active.get()
 
 
 def num_shards(*axes: str) -> int:
@@ -56,7 +70,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     for axis in axes:
         if axis is not None:
             require_logical_axis(axis)
-    active = _active.get()
+    active = mesh_in_use()
     if active is None:
         return x
     import jax

@@ -7,7 +7,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pippin.core.config_tree import override
 from pippin.core.errors import ShardingError
-from pippin.core.sharding import MESH_AXES, AxisRuleConfig, MeshConfig, constrain, num_shards, use_mesh
+from pippin.core.sharding import (
+    MESH_AXES,
+    AxisRuleConfig,
+    MeshConfig,
+    constrain,
+    mesh_in_use,
+    num_shards,
+    use_mesh,
+)
 
 # What BUILD sets for this test. Not set here: a run of several files would have them all on eight devices.
 FLAGS = "--xla_force_host_platform_device_count=8"
@@ -131,8 +139,11 @@ def test_constrain_splits_over_the_mesh_in_use():
 @pytest.mark.usefixtures("eight_devices")
 def test_the_mesh_in_use_ends_with_its_block():
     cfg = MeshConfig()
-    with pytest.raises(RuntimeError), use_mesh(cfg, cfg.make()):
+    mesh = cfg.make()
+    with pytest.raises(RuntimeError), use_mesh(cfg, mesh):
+        assert mesh_in_use() == (cfg, mesh)
         raise RuntimeError
+    assert mesh_in_use() is None
     x = jnp.zeros(3)
     assert constrain(x, "batch") is x
 

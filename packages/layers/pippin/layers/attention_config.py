@@ -6,7 +6,7 @@ from typing import Annotated
 from pippin.core.config import REQUIRED, Config, Required, Slot
 from pippin.core.errors import ConfigError
 from pippin.layers.cache_config import FullCacheConfig
-from pippin.layers.kernel_config import BlockwiseKernelConfig
+from pippin.layers.kernel_config import SelectKernelConfig
 from pippin.layers.linear_config import LinearConfig
 from pippin.layers.position_config import RoPEConfig
 
@@ -37,7 +37,7 @@ class GroupedQueryAttentionConfig(
     k_proj: Annotated[Config, Slot("linear")] = LinearConfig()
     v_proj: Annotated[Config, Slot("linear")] = LinearConfig()
     o_proj: Annotated[Config, Slot("linear")] = LinearConfig()
-    kernel: Annotated[Config, Slot("attention_kernel")] = BlockwiseKernelConfig()
+    kernel: Annotated[Config, Slot("attention_kernel")] = SelectKernelConfig()
     cache: Annotated[Config, Slot("kv_cache")] = FullCacheConfig()
 
     def validate(self) -> None:
@@ -64,7 +64,7 @@ class SharedKVAttentionConfig(
     soft_cap: float | None = None
     q_proj: Annotated[Config, Slot("linear")] = LinearConfig()
     o_proj: Annotated[Config, Slot("linear")] = LinearConfig()
-    kernel: Annotated[Config, Slot("attention_kernel")] = BlockwiseKernelConfig()
+    kernel: Annotated[Config, Slot("attention_kernel")] = SelectKernelConfig()
 
     def validate(self) -> None:
         _check(self)

@@ -13,7 +13,14 @@ from pippin.layers.attention_config import (
 from pippin.layers.cache_config import FullCacheConfig, SlidingWindowCacheConfig
 from pippin.layers.causal_lm_config import CausalLMConfig, FloatType
 from pippin.layers.feed_forward_config import Activation, FeedForwardConfig
-from pippin.layers.kernel_config import BlockwiseKernelConfig, ReferenceKernelConfig
+from pippin.layers.kernel_config import (
+    AttentionKernelConfig,
+    BlockwiseKernelConfig,
+    CuDNNKernelConfig,
+    ReferenceKernelConfig,
+    SelectKernelConfig,
+    SplashKernelConfig,
+)
 from pippin.layers.linear_config import (
     EmbeddingConfig,
     FanInInitConfig,
@@ -38,8 +45,10 @@ from pippin.layers.stack_config import (
 __all__ = [
     "ALiBiConfig",
     "Activation",
+    "AttentionKernelConfig",
     "BlockwiseKernelConfig",
     "CausalLMConfig",
+    "CuDNNKernelConfig",
     "EmbeddingConfig",
     "FanInInitConfig",
     "FeedForwardConfig",
@@ -60,10 +69,12 @@ __all__ = [
     "Remat",
     "RepeatConfig",
     "RoPEConfig",
+    "SelectKernelConfig",
     "SequenceConfig",
     "SharedKVAttentionConfig",
     "SharedKVStackConfig",
     "SlidingWindowCacheConfig",
+    "SplashKernelConfig",
     "TopKRouterConfig",
     "TransformerLayerConfig",
     "lora",

@@ -1,17 +1,20 @@
 """Attention kernels: softmax(q k / sqrt(H)) v under a mask. All compute the same."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pippin.core.module import Module
+from pippin.core.sharding import mesh_in_use
 from pippin.layers.context import Context, KeyValues
-from pippin.layers.kernel_config import BlockwiseKernelConfig, ReferenceKernelConfig
+from pippin.layers.kernel_config import AttentionShape, BlockwiseKernelConfig, ReferenceKernelConfig
 from pippin.layers.precision import at_least_float32
+
+_MAX_UNROLLED = 16  # blocks of queries written out one after the other
 
 Bias = Callable[[Int[Array, "B T"], Int[Array, "B S"]], Float[Array, "B N T S"] | None]
 
@@ -25,6 +28,44 @@ class Logits:
     soft_cap: float | None = None  # logits become cap * tanh(logit / cap)
     bias: Bias | None = None  # added after the cap
     sinks: Float[Array, " N"] | None = None  # a logit for each head that takes weight and gives no value
+
+
+def attention_shape(
+    q: Float[Array, "B T N H"], kv: KeyValues, ctx: Context, logits: Logits
+) -> AttentionShape:
+    """What a kernel is chosen by, of a call inside a program for the mesh in use, if there is one."""
+    active = mesh_in_use()
+    shards = 1
+    if active is not None:
+        cfg, mesh = active
+        split = cfg.spec(("batch", "sequence"))[1]
+        for axis in (split,) if isinstance(split, str) else split or ():
+            shards *= mesh.shape[axis]
+    # A position encoding without a bias has the method all the same, and returns none.
+    bias = None if logits.bias is None else jax.eval_shape(logits.bias, ctx.positions, kv.positions)
+    _, query_length, num_heads, head_dim = q.shape
+    return AttentionShape(
+        platform=_platform(),
+        query_length=query_length,
+        key_length=kv.k.shape[1],
+        num_heads=num_heads,
+        num_kv_heads=kv.k.shape[2],
+        head_dim=head_dim,
+        dtype=q.dtype.name,
+        aligned=kv.aligned,
+        window=logits.window,
+        soft_cap=logits.soft_cap,
+        has_bias=bias is not None,
+        has_sinks=logits.sinks is not None,
+        sequence_shards=shards,
+    )
+
+
+def _platform() -> str:
+    """That of the mesh, whose devices need not be here: programs for TPUs are compiled on other machines."""
+    active = mesh_in_use()
+    name = jax.default_backend() if active is None else active[1].devices.flat[0].platform
+    return "gpu" if name == "cuda" else name
 
 
 class ReferenceKernel(Module):
@@ -48,6 +89,9 @@ class BlockwiseKernel(Module):
     start where the window does: what is masked anyway is not computed. Otherwise
     every block sees all keys. The weights are not kept for the backward pass, which computes
     those of a block again: memory grows with `block_size * S`, not with `T * S`.
+
+    More than 16 blocks are loops, so that a program does not grow with T: one, or 16 where keys
+    are aligned and there is no window; the keys of each of these end with its last block.
     """
 
     Config = BlockwiseKernelConfig
@@ -58,21 +102,67 @@ class BlockwiseKernel(Module):
     def __call__(
         self, q: Float[Array, "B T N H"], kv: KeyValues, ctx: Context, logits: Logits
     ) -> Float[Array, "B T N H"]:
-        length = q.shape[1]
-        attend = jax.checkpoint(functools.partial(_attend, logits=logits))
-        blocks = []
-        for start in range(0, length, self.block_size):
-            stop = min(start + self.block_size, length)
-            rows = slice(start, stop)
-            first = 0 if logits.window is None else max(0, start - logits.window + 1)
-            seen = _slice(kv, first, stop) if kv.aligned else kv
-            segments = None if ctx.segment_ids is None else ctx.segment_ids[:, rows]
-            blocks.append(attend(q[:, rows], ctx.positions[:, rows], segments, seen))
-        return jnp.concatenate(blocks, axis=1)
+        length, size = q.shape[1], self.block_size
+        whole = length // size
+        loop = 1
+        if whole > _MAX_UNROLLED:
+            grows = kv.aligned and logits.window is None
+            loop = -(-whole // _MAX_UNROLLED) if grows else whole
+        attended = [
+            self._loop(start * size, min(loop, whole - start), q, kv, ctx, logits)
+            for start in range(0, whole, loop)
+        ]
+        if length % size:
+            attended.append(_block(q, kv, ctx, logits, whole * size, length))
+        return jnp.concatenate(attended, axis=1)
+
+    def _loop(
+        self, start: int, blocks: int, q: Float[Array, "B T N H"], kv: KeyValues, ctx: Context, logits: Logits
+    ) -> Float[Array, "B T_out N H"]:
+        """The results of some blocks of queries, the first of which begins at `start`."""
+        size = self.block_size
+        stop = start + blocks * size
+        if blocks == 1:
+            return _block(q, kv, ctx, logits, start, stop)
+
+        @jax.checkpoint
+        def block(first: Int[Array, ""], q: Array, kv: KeyValues, ctx: Context) -> Array:
+            seen = _slice(kv, 0, stop) if kv.aligned else kv
+            if kv.aligned and logits.window is not None:
+                # Where the window reaches beyond the first key, the slice moves to later ones, which are masked.
+                width = min(stop, logits.window - 1 + size)
+                seen = _dynamic_slice(kv, first - (logits.window - 1), width)
+            q, positions, segment_ids = _dynamic_slice((q, ctx.positions, ctx.segment_ids), first, size)
+            return _attend(q, positions, segment_ids, seen, logits)
+
+        firsts = jnp.arange(start, stop, size, dtype=jnp.int32)
+        out = jax.lax.map(lambda first: block(first, q, kv, ctx), firsts)
+        return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], blocks * size, *q.shape[2:])
 
 
-def _slice(kv: KeyValues, start: int, stop: int) -> KeyValues:
-    return jax.tree.map(lambda a: a[:, start:stop], kv)
+def _block(
+    q: Float[Array, "B T N H"], kv: KeyValues, ctx: Context, logits: Logits, start: int, stop: int
+) -> Float[Array, "B T_out N H"]:
+    """The results of the queries from `start` to `stop`."""
+
+    # Slices are taken inside: what is kept for the backward pass is the whole, once for all blocks.
+    @jax.checkpoint
+    def block(q: Array, kv: KeyValues, ctx: Context) -> Array:
+        first = 0 if logits.window is None else max(0, start - logits.window + 1)
+        seen = _slice(kv, first, stop) if kv.aligned else kv
+        q, positions, segment_ids = _slice((q, ctx.positions, ctx.segment_ids), start, stop)
+        return _attend(q, positions, segment_ids, seen, logits)
+
+    return block(q, kv, ctx)
+
+
+def _slice(tree: Any, start: int, stop: int) -> Any:
+    return jax.tree.map(lambda a: a[:, start:stop], tree)
+
+
+def _dynamic_slice(tree: Any, start: Int[Array, ""], size: int) -> Any:
+    """`size` tokens from `start` on, or the nearest that there are."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, jnp.maximum(start, 0), size, axis=1), tree)
 
 
 def visible(

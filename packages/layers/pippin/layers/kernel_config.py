@@ -1,17 +1,58 @@
-"""Configs of attention kernels: ways to compute the same attention."""
+"""Configs of attention kernels: ways to compute the same attention, and why each cannot serve a call."""
 
-from pippin.core.config import Config
+import dataclasses
+from collections.abc import Iterable
+from typing import Annotated
+
+from pippin.core.config import Config, Slot
 from pippin.core.errors import ConfigError
+
+_TILE = 128  # lanes of a TPU's vector registers: what splash attention's blocks are made of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """All that a kernel may be chosen by: what is known of a call before any array is."""
+
+    platform: str  # "cpu", "gpu" or "tpu"
+    query_length: int
+    key_length: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str  # of the queries, such as "bfloat16"
+    aligned: bool  # key i is of the token of query i: training, or a whole text at once; not a cache
+    window: int | None = None
+    soft_cap: float | None = None
+    has_bias: bool = False
+    has_sinks: bool = False
+    sequence_shards: int = 1  # how many ways the mesh splits the tokens of a sequence
+
+
+class AttentionKernelConfig(Config):
+    """The base of all kernels' configs."""
+
+    def supports(self, shape: AttentionShape) -> str:
+        """Why the kernel cannot serve a call of this shape; empty where it can."""
+        raise NotImplementedError(f"{type(self).__name__}.supports")
 
 
 class ReferenceKernelConfig(
-    Config, implementation="pippin.layers.kernel:ReferenceKernel", provides="attention_kernel"
+    AttentionKernelConfig,
+    implementation="pippin.layers.kernel:ReferenceKernel",
+    provides="attention_kernel",
 ):
     """All logits of a head at once: simple, and the memory of T times S."""
 
+    def supports(self, shape: AttentionShape) -> str:
+        del shape
+        return ""
+
 
 class BlockwiseKernelConfig(
-    Config, implementation="pippin.layers.kernel:BlockwiseKernel", provides="attention_kernel"
+    AttentionKernelConfig,
+    implementation="pippin.layers.kernel:BlockwiseKernel",
+    provides="attention_kernel",
 ):
     """Blocks of queries, each against the keys that it can see: half the work where keys are aligned."""
 
@@ -20,3 +61,168 @@ class BlockwiseKernelConfig(
     def validate(self) -> None:
         if self.block_size < 1:
             raise ConfigError(f"BlockwiseKernel: block_size ({self.block_size}) must be at least 1.")
+
+    def supports(self, shape: AttentionShape) -> str:
+        del shape
+        return ""
+
+
+class SplashKernelConfig(
+    AttentionKernelConfig,
+    implementation="pippin.layers.kernel_splash:SplashKernel",
+    provides="attention_kernel",
+):
+    """JAX's splash attention for TPUs: masked blocks are skipped, and no logits go to memory."""
+
+    block_size: int = 512  # at most so many queries and so many keys at a time
+    interpret: bool = False  # run on any platform, slowly: for tests
+
+    def validate(self) -> None:
+        if self.block_size < 1 or self.block_size % _TILE:
+            raise ConfigError(
+                f"SplashKernel: block_size ({self.block_size}) must be a positive multiple of {_TILE}, "
+                "the width of a TPU's registers. 512 suits most models."
+            )
+
+    def supports(self, shape: AttentionShape) -> str:
+        return _first(
+            (
+                shape.platform != "tpu" and not self.interpret,
+                f"it runs on TPUs, and this is a {shape.platform}",
+            ),
+            (not shape.aligned, "keys are not those of the queries' tokens, as with a cache"),
+            (
+                shape.query_length != shape.key_length,
+                f"{shape.query_length} queries meet {shape.key_length} keys, and it masks by index",
+            ),
+            (shape.query_length % _TILE != 0, f"{shape.query_length} tokens are no multiple of {_TILE}"),
+            (
+                shape.dtype not in ("float32", "bfloat16"),
+                f"it computes in float32 or bfloat16, not {shape.dtype}",
+            ),
+            (shape.head_dim > 256, f"head_dim ({shape.head_dim}) is above 256"),
+            (shape.has_bias, "it adds no bias to logits"),
+            (
+                shape.sequence_shards > 1,
+                f"the mesh splits sequences {shape.sequence_shards} ways, which needs ring attention",
+            ),
+        )
+
+    def block(self, length: int) -> int:
+        """The largest block up to `block_size` that divides a supported length."""
+        return max(b for b in range(_TILE, self.block_size + 1, _TILE) if length % b == 0)
+
+
+class CuDNNKernelConfig(
+    AttentionKernelConfig,
+    implementation="pippin.layers.kernel_cudnn:CuDNNKernel",
+    provides="attention_kernel",
+):
+    """Fused attention of NVIDIA's cuDNN. The mask of T times S, of one byte or two, is the same for all heads."""
+
+    max_length: int = 16_384  # of queries and keys: the mask of one sequence takes its square
+
+    def validate(self) -> None:
+        if self.max_length < 1:
+            raise ConfigError(f"CuDNNKernel: max_length ({self.max_length}) must be at least 1.")
+
+    def supports(self, shape: AttentionShape) -> str:
+        longest = max(shape.query_length, shape.key_length)
+        return _first(
+            (shape.platform != "gpu", f"it runs on NVIDIA GPUs, and this is a {shape.platform}"),
+            (
+                shape.dtype not in ("float16", "bfloat16"),
+                f"it computes in float16 or bfloat16, not {shape.dtype}",
+            ),
+            (
+                shape.head_dim > 128 or shape.head_dim % 8 != 0,
+                f"head_dim ({shape.head_dim}) is no multiple of 8 up to 128",
+            ),
+            (not shape.aligned, "keys are not those of the queries' tokens, as with a cache"),
+            (
+                shape.query_length != shape.key_length,
+                f"{shape.query_length} queries meet {shape.key_length} keys",
+            ),
+            (shape.query_length % 2 != 0, f"{shape.query_length} tokens are an odd number"),
+            (longest > self.max_length, f"{longest} tokens are more than max_length ({self.max_length})"),
+            (shape.soft_cap is not None, "it has no soft cap"),
+            (shape.has_bias, "a bias for each head would fill T times S of memory"),
+            (shape.has_sinks, "it has no sinks"),
+            (
+                shape.sequence_shards > 1,
+                f"the mesh splits sequences {shape.sequence_shards} ways, which needs ring attention",
+            ),
+        )
+
+
+class SelectKernelConfig(
+    AttentionKernelConfig,
+    implementation="pippin.layers.kernel_select:SelectKernel",
+    provides="attention_kernel",
+):
+    """The first of several kernels that supports the call, on the platform that runs it."""
+
+    kernels: tuple[Annotated[Config, Slot("attention_kernel")], ...] = (
+        SplashKernelConfig(),
+        CuDNNKernelConfig(),
+        BlockwiseKernelConfig(),
+    )
+
+    def validate(self) -> None:
+        for kernel in self.kernels:
+            if not isinstance(kernel, AttentionKernelConfig):
+                raise ConfigError(
+                    f"SelectKernel: {type(kernel).TYPE} cannot say what it supports. Derive its config from "
+                    "AttentionKernelConfig, or use it as the layer's only kernel."
+                )
+        if not self.kernels:
+            raise ConfigError("SelectKernel: kernels is empty. Name the kernels to choose from, best first.")
+
+    def supports(self, shape: AttentionShape) -> str:
+        passed_over = _try(self.kernels, shape)[1]
+        return "" if len(passed_over) < len(self.kernels) else _listed(passed_over)
+
+
+Reasons = tuple[tuple[str, str], ...]  # (the kernel's name, why it cannot serve the call), in order
+
+
+def choose(cfg: Config, shape: AttentionShape) -> tuple[Config, Reasons]:
+    """The kernel that serves a call, and why each one before it does not.
+
+    A config that chooses nothing is its own choice.
+
+    Raises:
+        ConfigError: it cannot serve the call; all reasons are named.
+    """
+    if not isinstance(cfg, AttentionKernelConfig):
+        return cfg, ()  # one of the user's own, which says nothing
+    candidates = cfg.kernels if isinstance(cfg, SelectKernelConfig) else (cfg,)
+    chosen, passed_over = _try(candidates, shape)
+    if chosen is None:
+        raise ConfigError(
+            f"no attention kernel supports {shape.query_length} queries of {shape.num_heads} heads of "
+            f"{shape.head_dim} on {shape.platform}: {_listed(passed_over)}. Add BlockwiseKernel to the kernels, "
+            "which supports every call, or change what one of them refuses."
+        )
+    if not isinstance(chosen, SelectKernelConfig):
+        return chosen, passed_over
+    nested, more = choose(chosen, shape)
+    return nested, passed_over + more
+
+
+def _try(kernels: Iterable[Config], shape: AttentionShape) -> tuple[Config | None, Reasons]:
+    passed_over: list[tuple[str, str]] = []
+    for kernel in kernels:
+        reason = kernel.supports(shape)
+        if not reason:
+            return kernel, tuple(passed_over)
+        passed_over.append((type(kernel).TYPE.rpartition(".")[2], reason))
+    return None, tuple(passed_over)
+
+
+def _listed(reasons: Reasons) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons)
+
+
+def _first(*checks: tuple[bool, str]) -> str:
+    return next((reason for fails, reason in checks if fails), "")

@@ -167,6 +167,54 @@ def test_blocks_leave_out_the_keys_that_no_query_of_theirs_sees():
     assert np.isfinite(_run(kernel, Case(window=2))(q, k, outside, sinks)[:, 3:]).all()
 
 
+_LONG = 37  # 18 blocks of two, and one token
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("window", [None, 5])
+def test_many_blocks_run_in_loops_of_the_same_numbers(window, aligned):
+    q, k, v = (jnp.asarray(normal(1, _LONG, n, _H, seed=i)) for i, n in enumerate((_N, _K, _K)))
+    weights = jnp.asarray(normal(*q.shape, seed=3))
+
+    def results(kernel: Any) -> Any:
+        built, at = kernel.build(), jnp.asarray(positions(1, _LONG))
+        segments = jnp.asarray(np.repeat(np.array([[1, 2]], np.int32), [15, _LONG - 15], axis=1))
+
+        def total(q, k, v, sinks):
+            out = built(
+                q,
+                KeyValues(k, v, at, segments, aligned),
+                Context(at, segments),
+                Logits(0.5, window, 2.0, None, sinks),
+            )
+            return jnp.sum(out * weights), out
+
+        return jax.jit(jax.grad(total, argnums=(0, 1, 2, 3), has_aux=True))(q, k, v, jnp.ones(_N))
+
+    jax.tree.map(assert_exact, results(BlockwiseKernelConfig(block_size=2)), results(ReferenceKernelConfig()))
+
+
+def _compiled(length: int, window: int | None) -> Any:
+    """The gradient of attention over some tokens of one head, in blocks of 16."""
+    built = BlockwiseKernelConfig(block_size=16).build()
+
+    def total(q, k, v):
+        at = jnp.arange(length, dtype=jnp.int32)[None]
+        return jnp.sum(built(q, KeyValues(k, v, at, None, aligned=True), Context(at), Logits(0.5, window)))
+
+    x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(x, x, x)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_neither_program_nor_memory_grow_with_the_square_of_the_length(window):
+    short, long = (_compiled(length, window) for length in (1024, 2048))
+    operations = [len(program.as_text().splitlines()) for program in (short, long)]
+    assert operations[0] == operations[1]
+    sizes = [program.compile().memory_analysis().temp_size_in_bytes for program in (short, long)]
+    assert sizes[1] < 2.2 * sizes[0]
+
+
 def test_bfloat16_attention_keeps_its_dtype_and_sums_in_float32():
     inputs, run = _inputs(jnp.bfloat16), _run(KERNELS["one block"], CASES["all of them"])
     result, exact = run(*inputs), run(*(a.astype(jnp.float64) for a in inputs))

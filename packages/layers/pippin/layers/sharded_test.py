@@ -16,7 +16,9 @@ from pippin.core.config_tree import replace
 from pippin.core.module import merge, parameter_infos
 from pippin.core.sharding import MeshConfig, use_mesh
 from pippin.layers import configs
-from pippin.layers.testing import assert_close, parts, positions
+from pippin.layers.context import Context, KeyValues
+from pippin.layers.kernel import Logits, attention_shape
+from pippin.layers.testing import assert_close, normal, parts, positions
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 4, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=4"
@@ -79,6 +81,43 @@ def test_a_mesh_changes_no_number(cfg, mesh):
     one = parts(cfg, dtype=jnp.float32)
     alone = jax.jit(jax.value_and_grad(lambda p, b: merge(one.definition, p).loss(b)[0]))
     jax.tree.map(assert_close, step(params, batch), alone(one.params, _BATCH))
+
+
+@pytest.mark.parametrize("mesh", ["data", "fsdp and tensor"])
+def test_splash_attention_runs_on_each_devices_sequences_and_heads(mesh):
+    splash = configs.SplashKernelConfig(interpret=True).build()
+    q, k, v = (jnp.asarray(normal(_B, 128, n, 8, seed=n), jnp.float32) for n in (4, 2, 2))
+    at, segments = positions(_B, 128), np.repeat(np.array([[1, 2]] * _B, np.int32), [50, 78], axis=1)
+
+    # A new function each time: a mesh is no argument, and jit would return the program of the other.
+    def gradients() -> Any:
+        def total(q, k, v, sinks):
+            kv = KeyValues(k, v, jnp.asarray(at), jnp.asarray(segments), aligned=True)
+            out = splash(
+                q,
+                kv,
+                Context(kv.positions, kv.segment_ids),
+                Logits(0.3, window=60, soft_cap=3.0, sinks=sinks),
+            )
+            return jnp.sum(jnp.square(out))
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2, 3)))
+
+    args = (q, k, v, jnp.ones(4))
+    alone = gradients()(*args)
+    with use_mesh(MESHES[mesh], MESHES[mesh].make(jax.devices()[:4])):
+        compiled = gradients().lower(*args).compile()
+    jax.tree.map(assert_close, compiled(*args), alone)
+    assert "all-gather" not in compiled.as_text()
+
+
+def test_splash_attention_is_not_chosen_where_the_mesh_splits_sequences():
+    mesh = MESHES["sequence"]
+    q = jnp.zeros((_B, 128, 4, 8))
+    kv = KeyValues(q, q, jnp.asarray(positions(_B, 128)), None, aligned=True)
+    with use_mesh(mesh, mesh.make(jax.devices()[:4])):
+        shape = attention_shape(q, kv, Context(kv.positions), Logits(1.0))
+    assert "needs ring attention" in configs.SplashKernelConfig(interpret=True).supports(shape)
 
 
 def _logits(program: str) -> set[int]:

@@ -1,0 +1,80 @@
+"""Attention is compiled by the TPU's own compiler, which needs no TPU: libtpu compiles on any machine.
+
+The test's target adds libtpu and sets what it asks of its surroundings.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.experimental import topologies
+
+from pippin.core.module import merge, parameter_infos, split
+from pippin.core.sharding import MeshConfig, use_mesh
+from pippin.layers import configs
+from pippin.layers.context import Context
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None or "TPU_ACCELERATOR_TYPE" not in os.environ,
+    reason="needs libtpu and TPU_ACCELERATOR_TYPE=v5litepod-4, as its Bazel target has them",
+)
+
+_B = 8
+_ATTENTION = configs.GroupedQueryAttentionConfig(input_dim=256, num_heads=4, num_kv_heads=2, head_dim=64)
+_MESH = MeshConfig(data=1, fsdp=-1, tensor=2)
+
+
+def _compiled(
+    cfg: Any, topology: str, dtype: Any, mesh_config: MeshConfig = _MESH, length: int = 1024
+) -> Any:
+    """The gradient of a layer over packed documents, as a program for some TPUs."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = mesh_config.make(devices)
+
+    def abstract(shape: Any, dtype: Any, axes: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_config.sharding(mesh, axes, shape))
+
+    model = nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda info: abstract(info.shape, jnp.float32, info.axes), parameter_infos(model))
+    definition, _ = split(model)
+
+    def total(params: Any, x: Any, at: Any, segments: Any) -> Any:
+        return jnp.sum(jnp.square(merge(definition, params)(x, Context(at, segments)).x.astype(jnp.float32)))
+
+    tokens = abstract((_B, length), jnp.int32, ("batch", "sequence"))
+    x = abstract((_B, length, cfg.input_dim), dtype, ("batch", "sequence", None))
+    with use_mesh(mesh_config, mesh):
+        return jax.jit(jax.grad(total, argnums=(0, 1))).lower(params, x, tokens, tokens).compile()
+
+
+@pytest.mark.parametrize(
+    "fields, topology, dtype",
+    [
+        ({}, "v5e:2x2", jnp.bfloat16),
+        ({"window": 300, "soft_cap": 30.0, "sinks": True}, "v5e:2x2", jnp.float32),
+        ({"head_dim": 128}, "v5p:2x2x1", jnp.bfloat16),
+    ],
+    ids=["v5e", "v5e, all features", "v5p"],
+)
+def test_attention_trains_by_splash_on_tpus(fields, topology, dtype):
+    program = _compiled(_ATTENTION.set(**fields), topology, dtype).as_text()
+    for phase in ("fwd", "dq", "dkv"):
+        assert f"splash_mha_{phase}_segmented" in program, phase
+
+
+def test_splash_needs_less_memory_than_blocks_of_logits():
+    programs = [
+        _compiled(_ATTENTION.set(kernel=kernel), "v5e:2x2", jnp.bfloat16, length=2048)
+        for kernel in (configs.SplashKernelConfig(), configs.BlockwiseKernelConfig())
+    ]
+    sizes = [program.memory_analysis().temp_size_in_bytes for program in programs]
+    assert sizes[0] < sizes[1]
+
+
+def test_a_mesh_that_splits_sequences_is_compiled_without_splash():
+    mesh = MeshConfig(data=2, sequence=2)
+    assert "splash_mha" not in _compiled(_ATTENTION, "v5e:2x2", jnp.bfloat16, mesh).as_text()
