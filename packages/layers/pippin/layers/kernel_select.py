@@ -1,16 +1,59 @@
 """The choice of an attention kernel for each call."""
 
+import contextlib
+import contextvars
+import dataclasses
 import functools
 import logging
+from collections.abc import Iterator
 
 from jaxtyping import Array, Float
 
 from pippin.core.module import Module
 from pippin.layers.context import Context, KeyValues
 from pippin.layers.kernel import Logits, attention_shape
-from pippin.layers.kernel_config import Reasons, ReferenceKernelConfig, SelectKernelConfig, choose
+from pippin.layers.kernel_config import (
+    AttentionShape,
+    Reasons,
+    ReferenceKernelConfig,
+    SelectKernelConfig,
+    choose,
+)
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which kernel serves calls of a shape, and why those before it do not."""
+
+    shape: AttentionShape
+    kernel: str
+    passed_over: Reasons
+
+    def __str__(self) -> str:
+        s = self.shape
+        limits = [f"window {s.window}"] if s.window else []
+        limits += [f"soft cap {s.soft_cap:g}"] if s.soft_cap else []
+        heads = f"{s.num_heads} heads of {s.head_dim} on {s.num_kv_heads} key heads"
+        what = ", ".join([heads, f"{s.query_length} tokens", s.dtype, *limits])
+        return "\n    ".join(
+            [f"{what}: {self.kernel}", *(f"not {name}: {why}" for name, why in self.passed_over)]
+        )
+
+
+_choices: contextvars.ContextVar[dict[Choice, None] | None] = contextvars.ContextVar("choices", default=None)
+
+
+@contextlib.contextmanager
+def record_choices() -> Iterator[dict[Choice, None]]:
+    """Collects the choices of all that is traced inside the block, each once, in their order."""
+    found: dict[Choice, None] = {}
+    token = _choices.set(found)
+    try:
+        yield found
+    finally:
+        _choices.reset(token)
 
 
 class SelectKernel(Module):
@@ -33,7 +76,10 @@ class SelectKernel(Module):
         Raises:
             ConfigError: no kernel supports the call.
         """
-        chosen, passed_over = choose(self.cfg, attention_shape(q, kv, ctx, logits))
+        shape = attention_shape(q, kv, ctx, logits)
+        chosen, passed_over = choose(self.cfg, shape)
+        if (record := _choices.get()) is not None:
+            record[Choice(shape, type(chosen).TYPE.rpartition(".")[2], passed_over)] = None
         if passed_over and isinstance(chosen, ReferenceKernelConfig):
             _warn(passed_over)
         return chosen.build()(q, kv, ctx, logits)

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 from pippin.core.config_tree import traverse
+from pippin.layers.kernel_config import SelectKernelConfig
+from pippin.layers.kernel_select import record_choices
 from pippin.train.hardware.machine import for_this_machine
 from pippin.train.hardware.mesh_rules import Applied
 from pippin.train.learner.rules import describe_rules
@@ -26,7 +28,7 @@ def explain(cfg: TrainerConfig) -> str:
     trainer: Trainer = cfg.build(held_out=lambda most, task: ())
     return (
         "\n".join(
-            [*_machine(trainer), *_rule(applied), *_parameters(trainer), *_kernels(cfg), *_rules(trainer)]
+            [*_machine(trainer), *_rule(applied), *_parameters(trainer), *_kernels(trainer), *_rules(trainer)]
         )
         + "\n"
     )
@@ -71,13 +73,18 @@ def _parameters(trainer: Trainer) -> list[str]:
     ]
 
 
-def _kernels(cfg: TrainerConfig) -> list[str]:
-    lines = [
-        f"  {path}: {type(part).TYPE}"
-        for path, part in traverse(cfg.model)
+def _kernels(trainer: Trainer) -> list[str]:
+    with record_choices() as choices:
+        trainer.trace()
+    by_itself = [
+        f"  {path}: {type(part).TYPE.rpartition('.')[2]}, as the config sets it"
+        for path, part in traverse(trainer.cfg.model)
         if part.PROVIDES == "attention_kernel"
+        and not isinstance(part, SelectKernelConfig)
+        # Those to choose from are parts of what chooses.
+        and ".kernels." not in path
     ]
-    return ["attention kernels, as the config sets them:", *lines, ""]
+    return ["attention kernels:", *(f"  {choice}" for choice in choices), *by_itself, ""]
 
 
 def _rules(trainer: Trainer) -> list[str]:

@@ -15,6 +15,7 @@ from flax import nnx
 from pippin.core.config_tree import transform
 from pippin.core.module import merge, split
 from pippin.layers.kernel_config import ReferenceKernelConfig
+from pippin.layers.kernel_select import Choice, record_choices
 from pippin.train.hardware.accelerator import Target
 from pippin.train.hardware.flops import function_flops, matmul_flops
 from pippin.train.hardware.hlo import Profile, read_profile
@@ -40,6 +41,7 @@ class Estimate:
     model_flops: float  # of the whole step, all devices: see `model_flops`
     executed_flops: float  # the same with what is computed again, and with the attention that the kernels do
     tokens: int
+    kernels: tuple[Choice, ...]  # of attention
     profile: Profile | None  # None: it did not fit, so there is no program
     compile_s: float
 
@@ -106,7 +108,8 @@ def estimate(cfg: Any, target: Target) -> Estimate:
     trainer = cfg.build(held_out=lambda most, task: (), devices=topology_devices(target))
     mesh = dict(trainer.mesh.shape)
     began = time.monotonic()
-    traced = trainer.trace()
+    with record_choices() as choices:
+        traced = trainer.trace()
     parameter_bytes, learner_bytes = (
         _shard_bytes(trainer.template.params),
         _shard_bytes(trainer.template.learner),
@@ -133,6 +136,7 @@ def estimate(cfg: Any, target: Target) -> Estimate:
         model_flops=model_flops(cfg),
         executed_flops=matmul_flops(traced.jaxpr.jaxpr),
         tokens=cfg.input.batch_size * cfg.input.sequence_length,
+        kernels=tuple(choices),
         profile=read_profile(compiled.as_text(), mesh) if compiled else None,
         compile_s=time.monotonic() - began,
     )

@@ -52,6 +52,7 @@ def details(e: Estimate) -> str:
         + f"; {_gib(e.used_bytes)} of {_gib(e.target.device.memory_bytes)}",
         f"  FLOPs of a step: {e.model_flops:.3g} of the model, {e.executed_flops:.3g} executed (matmuls)",
     ]
+    lines += [f"  attention: {kernel}" for kernel in e.kernels]
     if e.profile is None:
         return "\n".join([*lines, f"  IT DOES NOT FIT. {e.remedy()}"])
     lines.append(
