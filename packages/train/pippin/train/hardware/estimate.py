@@ -17,7 +17,7 @@ from pippin.core.module import merge, split
 from pippin.layers.kernel_config import ReferenceKernelConfig
 from pippin.layers.kernel_select import Choice, record_choices
 from pippin.train.hardware.accelerator import Target
-from pippin.train.hardware.flops import function_flops, matmul_flops
+from pippin.train.hardware.flops import Flops, function_flops, matmul_flops
 from pippin.train.hardware.hlo import Profile, read_profile
 from pippin.train.hardware.mesh_rules import Applied, apply_mesh_rules
 from pippin.train.hardware.topology import topology_devices
@@ -39,7 +39,7 @@ class Estimate:
     temporary_bytes: float  # activations, gradients, and what is gathered of split parameters
     program_bytes: float  # NaN where it does not fit
     model_flops: float  # of the whole step, all devices: see `model_flops`
-    executed_flops: float  # the same with what is computed again, and with the attention that the kernels do
+    executed: Flops  # the same with what is computed again, and with the attention that the kernels do
     tokens: int
     kernels: tuple[Choice, ...]  # of attention
     profile: Profile | None  # None: it did not fit, so there is no program
@@ -57,9 +57,19 @@ class Estimate:
         return self.parameter_bytes + self.learner_bytes + self.temporary_bytes + program
 
     @property
-    def compute_s(self) -> float:
-        """The compiler's own estimate of the cycles of all that is computed, over the clock."""
+    def compiled_s(self) -> float:
+        """The compiler's own estimate of the cycles of all that it compiled, over the clock."""
         return self.profile.cycles / self.target.device.clock_hz if self.profile else math.nan
+
+    @property
+    def kernels_s(self) -> float:
+        """What Pallas kernels compute, of which the compiler has no estimate: no block skipped, at the peak."""
+        return self.executed.kernels / (self.target.num_devices * self.target.device.peak_flops)
+
+    @property
+    def compute_s(self) -> float:
+        """Both together."""
+        return self.compiled_s + self.kernels_s
 
     @property
     def link_s(self) -> float:
@@ -134,7 +144,7 @@ def estimate(cfg: Any, target: Target) -> Estimate:
         temporary_bytes=temporary,
         program_bytes=program,
         model_flops=model_flops(cfg),
-        executed_flops=matmul_flops(traced.jaxpr.jaxpr),
+        executed=matmul_flops(traced.jaxpr.jaxpr),
         tokens=cfg.input.batch_size * cfg.input.sequence_length,
         kernels=tuple(choices),
         profile=read_profile(compiled.as_text(), mesh) if compiled else None,
@@ -156,7 +166,7 @@ def model_flops(cfg: Any) -> float:
         for name in ("tokens", "targets", "positions", "segment_ids", "loss_weights")
     }
     forward = function_flops(lambda p, b: merge(definition, p).loss(b)[0], params, batch)
-    return 3 * forward * cfg.input.batch_size
+    return 3 * forward.total * cfg.input.batch_size
 
 
 def _shard_bytes(tree: Any) -> float:

@@ -50,13 +50,15 @@ def details(e: Estimate) -> str:
         "  memory a device: "
         + ", ".join(f"{name} {_gib(size)}" for name, size in _parts(e).items())
         + f"; {_gib(e.used_bytes)} of {_gib(e.target.device.memory_bytes)}",
-        f"  FLOPs of a step: {e.model_flops:.3g} of the model, {e.executed_flops:.3g} executed (matmuls)",
+        f"  FLOPs of a step: {e.model_flops:.3g} of the model; executed, {e.executed.compiled:.3g} in matmuls of XLA's and "
+        f"{e.executed.kernels:.3g} in kernels",
     ]
     lines += [f"  attention: {kernel}" for kernel in e.kernels]
     if e.profile is None:
         return "\n".join([*lines, f"  IT DOES NOT FIT. {e.remedy()}"])
     lines.append(
-        f"  time: {e.compute_s:.3f} s of computing (the compiler's estimate), {e.link_s:.3f} s of transfers at full speed"
+        f"  time: {e.compiled_s:.3g} s of what XLA compiled (its own estimate), {e.kernels_s:.3g} s of kernels (every block, "
+        f"at the peak), {e.link_s:.3g} s of transfers (at full speed)"
     )
     for c in e.profile.collectives:
         lines.append(
@@ -99,11 +101,12 @@ def _chart(e: Estimate) -> str:
     memory.set(yticks=[], xlabel="GiB a device")
     memory.legend(ncols=5, fontsize=8)
     if e.fits:
-        seconds.barh(1, e.compute_s, label="computing")
+        seconds.barh(1, e.compiled_s, label="what XLA compiled")
+        seconds.barh(1, e.kernels_s, left=e.compiled_s, label="kernels")
         seconds.barh(0, e.link_s, label="transfers")
         ideal = e.model_flops / (e.target.num_devices * e.target.device.peak_flops)
         seconds.axvline(ideal, color="black", linestyle=":", label="the model's FLOPs at the peak")
-        seconds.legend(ncols=3, fontsize=8)
+        seconds.legend(ncols=4, fontsize=8)
     seconds.set(yticks=[], xlabel="seconds a step")
     picture = io.BytesIO()
     figure.savefig(picture, format="png")

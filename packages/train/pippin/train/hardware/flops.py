@@ -3,40 +3,61 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
 
 
-def matmul_flops(jaxpr: core.Jaxpr) -> float:
-    """The operations (a multiplication and an addition each count) of all matmuls.
+class Flops(NamedTuple):
+    """Operations of matmuls: a multiplication and an addition each count."""
+
+    compiled: float = 0.0  # of those that XLA compiles
+    kernels: float = 0.0  # of those inside Pallas kernels, as if no block of theirs were skipped
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.compiled + self.kernels
+
+
+def matmul_flops(jaxpr: core.Jaxpr) -> Flops:
+    """The operations of all matmuls, on all devices together.
 
     A loop whose number of turns is not known counts as one turn; of a conditional's branches, the dearest counts.
     """
-    total = 0.0
+    compiled = kernels = 0.0
     eqn: Any
     for eqn in jaxpr.eqns:
         name, params = eqn.primitive.name, eqn.params
         if name == "dot_general":
-            total += _dot(eqn)
-        elif name == "ragged_dot_general" or name == "ragged_dot":
+            compiled += _dot(eqn)
+        elif name in ("ragged_dot_general", "ragged_dot"):
             rows, inner = eqn.invars[0].aval.shape[-2:]
-            total += 2.0 * rows * inner * eqn.outvars[0].aval.shape[-1]
-        elif name == "cond":
-            total += max(matmul_flops(branch.jaxpr) for branch in params["branches"])
+            compiled += 2.0 * rows * inner * eqn.outvars[0].aval.shape[-1]
         elif name == "pallas_call":
-            estimate = params.get("cost_estimate")
-            total += float(estimate.flops) if estimate else 0.0
+            kernels += math.prod(params["grid_mapping"].grid) * matmul_flops(params["jaxpr"]).total
         else:
-            turns = params["length"] if name == "scan" else 1
-            total += turns * sum(matmul_flops(inner) for inner in _inner(params))
-    return total
+            times, parts = _parts(name, params)
+            compiled += times * sum(p.compiled for p in parts)
+            kernels += times * sum(p.kernels for p in parts)
+    return Flops(compiled, kernels)
 
 
-def function_flops(function: Any, *arguments: Any) -> float:
+def function_flops(function: Any, *arguments: Any) -> Flops:
     """Those of a call, which is traced and not run."""
     return matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _parts(name: str, params: Any) -> tuple[int, list[Flops]]:
+    """How often a primitive runs what it holds, and the operations of that."""
+    if name == "cond":
+        return 1, [max((matmul_flops(branch.jaxpr) for branch in params["branches"]), key=lambda f: f.total)]
+    # Each device runs what is inside a shard_map, on its own part.
+    times = {"scan": lambda: params["length"], "shard_map": lambda: params["mesh"].size}.get(
+        name, lambda: 1
+    )()
+    return times, [matmul_flops(inner) for inner in _inner(params)]
 
 
 def _dot(eqn: Any) -> float:

@@ -1,35 +1,36 @@
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pippin.train.hardware.flops import function_flops
 
 
 def test_matmuls_count_their_multiplications_and_additions() -> None:
-    assert function_flops(lambda a, b: a @ b, jnp.ones((3, 4)), jnp.ones((4, 5))) == 2 * 3 * 4 * 5
+    assert function_flops(lambda a, b: a @ b, jnp.ones((3, 4)), jnp.ones((4, 5))).total == 2 * 3 * 4 * 5
     batched = function_flops(
         lambda a, b: jnp.einsum("bij,bjk->bik", a, b), jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))
     )
-    assert batched == 2 * 2 * 3 * 4 * 5
+    assert batched.total == 2 * 2 * 3 * 4 * 5
 
 
 def test_a_loop_counts_as_often_as_it_turns() -> None:
     def loop(x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda c, _: (c @ c, None), x, length=7)[0]
 
-    assert function_flops(loop, jnp.ones((3, 3))) == 7 * 2 * 27
+    assert function_flops(loop, jnp.ones((3, 3))).total == 7 * 2 * 27
 
 
 def test_the_dearest_branch_counts_and_what_is_computed_again_counts_again() -> None:
     def branch(x: jax.Array) -> jax.Array:
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x @ x @ x, x)
 
-    assert function_flops(branch, jnp.ones((3, 3))) == 2 * 2 * 27
+    assert function_flops(branch, jnp.ones((3, 3))).total == 2 * 2 * 27
 
     def loss(x: jax.Array) -> jax.Array:
         return jnp.sum(jax.checkpoint(lambda x: jnp.tanh(x @ x) @ x)(x))
 
     # Forward 2, backward 4, and one of the forward's again: its tanh is needed.
-    assert function_flops(jax.grad(loss), jnp.ones((3, 3))) >= 7 * 2 * 27 - 2 * 27
+    assert function_flops(jax.grad(loss), jnp.ones((3, 3))).total >= 7 * 2 * 27 - 2 * 27
 
 
 def test_grouped_matmuls_count_each_row_once() -> None:
@@ -37,4 +38,26 @@ def test_grouped_matmuls_count_each_row_once() -> None:
         return jax.lax.ragged_dot(x, w, sizes)
 
     flops = function_flops(grouped, jnp.ones((6, 4)), jnp.ones((3, 4, 5)), jnp.array([1, 2, 3]))
-    assert flops == 2 * 6 * 4 * 5
+    assert flops.total == 2 * 6 * 4 * 5
+
+
+def test_a_kernel_counts_as_often_as_its_grid_is_long_and_on_every_device() -> None:
+    def kernel(x, y, out):
+        out[...] = x[...] @ y[...]
+
+    def call(x: jax.Array, y: jax.Array) -> jax.Array:
+        whole = pl.BlockSpec((8, 8), lambda i: (0, 0))
+        row = pl.BlockSpec((8, 8), lambda i: (i, 0))
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pl.pallas_call(
+            kernel, grid=(4,), in_specs=[row, whole], out_specs=row, out_shape=shape, interpret=True
+        )(x, y)
+
+    x, y = jnp.ones((32, 8)), jnp.ones((8, 8))
+    assert function_flops(call, x, y) == (0.0, 2 * 32 * 8 * 8)
+    spec = jax.sharding.PartitionSpec
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    split = jax.shard_map(
+        call, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec("data"), check_vma=False
+    )
+    assert function_flops(split, x, y) == (0.0, mesh.size * 2 * 32 * 8 * 8)
