@@ -19,8 +19,11 @@ FOLDERS = {
     "pippin-export": "packages/export",
 }
 SCRIPTS = {
-    "pippin-layers": ("pippin-convert", "packages/layers/pippin/layers/convert"),
-    "pippin-train": ("pippin-train", "packages/train/pippin/train/launch"),
+    "pippin-layers": {"pippin-convert": "packages/layers/pippin/layers/convert"},
+    "pippin-train": {
+        "pippin-train": "packages/train/pippin/train/launch",
+        "pippin-compile": "packages/train/pippin/train/compile",
+    },
 }
 
 IMPORT_ALL = """
@@ -84,12 +87,14 @@ def test_console_script_does_what_the_bazel_target_does(installed):
     if name not in SCRIPTS:
         assert not (environment.bin / name).exists()
         return
-    script, target = SCRIPTS[name]
-    installed_help = environment.run(environment.bin / script, "--help")
-    bazel_help = subprocess.run([RUNFILES / target, "--help"], capture_output=True, text=True, check=False)
-    assert installed_help.returncode == 0, installed_help.stderr
-    assert bazel_help.returncode == 0, bazel_help.stderr
-    assert installed_help.stdout == bazel_help.stdout
+    for script, target in SCRIPTS[name].items():
+        installed_help = environment.run(environment.bin / script, "--help")
+        bazel_help = subprocess.run(
+            [RUNFILES / target, "--help"], capture_output=True, text=True, check=False
+        )
+        assert installed_help.returncode == 0, installed_help.stderr
+        assert bazel_help.returncode == 0, bazel_help.stderr
+        assert installed_help.stdout == bazel_help.stdout
 
 
 @pytest.mark.parametrize("name", FOLDERS)

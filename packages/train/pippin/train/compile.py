@@ -20,7 +20,7 @@ _EPILOG = """
 Examples:
 
   compile --recipe afm_on_device_2024_core --target tpu-v5p-512
-  compile --recipe llama3_8b --target tpu-v5e-256 --target tpu-v6e-256 --set input.batch_size=256
+  compile --recipe llama2_7b --target tpu-v5e-256 --target tpu-v5p-512 --out report.html
 """
 
 

@@ -68,6 +68,7 @@ def test_data_replaces_the_text(capsys: pytest.CaptureFixture[str]) -> None:
         (["--recipe", "stdlib_tny"], "did you mean 'stdlib_tiny'"),
         (["--set", "model.dimm=3"], "did you mean 'dim'"),
         (["--set", "steps"], "Write PATH=VALUE"),
+        (["--text-field", "body"], "and there is none. Give --data GLOB"),
         (["--set", "model.decoder.layer.feed_forward=Mixtral"], "no component type 'Mixtral'"),
         (
             ["--set", "model.decoder.layer.feed_forward=RMSNorm"],
@@ -96,3 +97,27 @@ def test_a_directory_of_another_run_is_refused(capsys: pytest.CaptureFixture[str
     code, _, err = run(capsys, "--out", str(tmp_path / "run"), "--steps", "7")
     assert code == launch.EXIT_ERROR
     assert "steps: 420 -> 7" in err and "another --out" in err
+
+
+def test_explain_says_which_rule_and_kernel_and_why_not_others(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--explain")
+    assert code == 0
+    assert "mesh rule: cpu-*" in out
+    assert re.search(
+        r"256 tokens, float32: BlockwiseKernel\n +not SplashKernel: it runs on TPUs, and this is a cpu", out
+    )
+
+
+def test_an_accelerator_without_a_rule_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from pippin.train.hardware.mesh_rules_config import MeshRuleConfig\n"
+        "from pippin.train.recipe import get, recipe\n"
+        "@recipe\n"
+        "def for_tpus():\n"
+        "    'For TPUs alone.'\n"
+        "    return get('stdlib_tiny').make().set(mesh_rules=(MeshRuleConfig(accelerators='tpu-*'),))\n"
+    )
+    code, _, err = run(capsys, "--recipe-file", str(path), "--explain")
+    assert code == 2
+    assert "no mesh rule fits cpu-1. The rules are for tpu-*" in err

@@ -50,8 +50,8 @@ def details(e: Estimate) -> str:
         "  memory a device: "
         + ", ".join(f"{name} {_gib(size)}" for name, size in _parts(e).items())
         + f"; {_gib(e.used_bytes)} of {_gib(e.target.device.memory_bytes)}",
-        f"  FLOPs of a step: {e.model_flops:.3g} of the model; executed, {e.executed.compiled:.3g} in matmuls of XLA's and "
-        f"{e.executed.kernels:.3g} in kernels",
+        f"  FLOPs of a step: {e.model_flops:.3g} of the model; executed: {e.executed.compiled:.3g} in matmuls, "
+        + f"{e.executed.kernels:.3g} in kernels",
     ]
     lines += [f"  attention: {kernel}" for kernel in e.kernels]
     if e.profile is None:
