@@ -34,6 +34,15 @@ def test_a_step_is_compiled_for_each_target_and_tabled(
     assert page.read_text().count("data:image/png") == 2
 
 
+def test_attention_takes_the_kernel_of_the_target(capsys: pytest.CaptureFixture[str]) -> None:
+    for target in ("tpu-v5e-1", "tpu-v5e-4"):
+        code, text = compiled(capsys, "--target", target, "--set", "input.sequence_length=128")
+        assert code == 0 and "128 tokens, bfloat16: SplashKernel" in text
+        code, text = compiled(capsys, "--target", target, "--set", "input.sequence_length=96")
+        assert "96 tokens, bfloat16: BlockwiseKernel" in text
+        assert "not SplashKernel: 96 tokens are no multiple of 128" in text
+
+
 def test_a_step_over_a_split_state_gathers_it(capsys: pytest.CaptureFixture[str]) -> None:
     split = ["--set", "mesh_rules=()", "--set", "mesh.data=1", "--set", "mesh.fsdp=4"]
     code, text = compiled(capsys, *split, "--target", "tpu-v5e-4")

@@ -135,8 +135,9 @@ class Trainer:
             return jitted.trace(self.template, batch)
 
     def on_mesh(self) -> contextlib.AbstractContextManager[None]:
-        """Where the model is traced: splits activations over the mesh, if it has several devices."""
-        return contextlib.nullcontext() if self.mesh.size == 1 else use_mesh(self.cfg.mesh, self.mesh)
+        """Where the model is traced: splits activations over the mesh, and tells layers its platform."""
+        alone = self.mesh.size == 1 and self.mesh.devices.flat[0].platform == jax.default_backend()
+        return contextlib.nullcontext() if alone else use_mesh(self.cfg.mesh, self.mesh)
 
     def place(self, batch: Batch) -> Batch:
         """A batch of this process's rows, on the devices."""
