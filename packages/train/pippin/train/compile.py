@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PippinError as e:
         print(f"error: {e}", file=sys.stderr)
         return EXIT_ERROR
+    except OSError as e:
+        print(f"error: {e}. Check the path, the permissions and the room on the disk.", file=sys.stderr)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -61,6 +61,7 @@ def test_a_step_that_does_not_fit_is_said_with_what_would_help(capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--target", "tpu-v5e-1", "--out", "/proc/none/report.html"], "Check the path, the permissions"),
         (["--target", "tpu-v9-4"], "unknown target 'tpu-v9-4'"),
         (
             ["--target", "gpu-h100-8"],
