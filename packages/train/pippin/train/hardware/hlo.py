@@ -23,6 +23,8 @@ COLLECTIVES = (
     "ragged-all-to-all",
 )
 
+_FUSED_SCATTER = "all-reduce-scatter"  # a reduce-scatter whose shape is that of the whole
+
 _COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%([\w.\-]+)")
@@ -84,18 +86,18 @@ def read_profile(text: str, mesh: Mapping[str, int]) -> Profile:
     groups = _groups_by_axes(mesh)
     cycles, loops, unknown = 0, 0, 0
     totals: dict[tuple[str, int, str], list[float]] = {}
-    for instruction, times, turns in _walk(computations, entry, 1):
-        cycles += instruction.cycles * times
-        if instruction.opcode == "while":
-            loops, unknown = (loops + 1, unknown) if turns else (loops, unknown + 1)
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            members = _groups(instruction.rest, mesh)
-            size = len(next(iter(members))) if members else 1
-            axes = groups.get(members, "other") if members else "other"
-            total = totals.setdefault((kind, size, axes), [0.0, 0])
-            total[0] += times * _sent(kind, instruction, size)
-            total[1] += times
+    for step in _walk(computations, entry, 1):
+        if step.instruction.opcode == "while":
+            loops, unknown = (loops + 1, unknown) if step.turns else (loops, unknown + 1)
+        cycles += step.instruction.cycles * step.times
+    for step in _collectives(computations, entry):
+        opcode = step.instruction.opcode
+        kind = "reduce-scatter" if opcode == _FUSED_SCATTER else opcode.removesuffix("-start")
+        members = _groups(step.instruction.rest, mesh)
+        size = len(next(iter(members)))
+        total = totals.setdefault((kind, size, groups.get(members, "other")), [0.0, 0])
+        total[0] += step.times * _sent(kind, step.instruction, size)
+        total[1] += step.times
     found = tuple(
         Collective(kind, size, axes, sent, int(times)) for (kind, size, axes), (sent, times) in totals.items()
     )
@@ -114,25 +116,68 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return computations, entry
 
 
-def _walk(
-    computations: Mapping[str, list[Instruction]], name: str, times: int
-) -> Iterator[tuple[Instruction, int, int | None]]:
-    """Every instruction that is run from a computation, how often, and how often a loop turns (None: unknown)."""
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """An instruction that is run."""
+
+    instruction: Instruction
+    times: int
+    turns: int | None  # of a loop; None: unknown, or it is none
+    inside: str  # the computation that holds it
+
+
+def _walk(computations: Mapping[str, list[Instruction]], name: str, times: int) -> Iterator[_Step]:
+    """Every instruction that is run from a computation, fusions as one. All branches of a conditional count."""
     for instruction in computations.get(name, ()):
         turns = _turns(computations, instruction.rest) if instruction.opcode == "while" else None
-        yield instruction, times, turns
-        if instruction.opcode == "fusion":  # its cycles are on the fusion itself
+        yield _Step(instruction, times, turns, name)
+        if instruction.opcode in ("fusion", "reduce", "all-reduce", "reduce-scatter", "sort"):
             continue
-        inner = times * (turns or 1)
-        called = (
-            _CALLED.findall(instruction.rest)
-            if instruction.opcode not in ("reduce", "all-reduce", "sort")
-            else []
-        )
-        for branches in _BRANCHES.findall(instruction.rest):
-            called += re.findall(r"%([\w.\-]+)", branches)
-        for callee in called:
-            yield from _walk(computations, callee, inner)
+        for callee in _called(instruction):
+            yield from _walk(computations, callee, times * (turns or 1))
+
+
+def _called(instruction: Instruction) -> list[str]:
+    called = _CALLED.findall(instruction.rest)
+    for branches in _BRANCHES.findall(instruction.rest):
+        called += re.findall(r"%([\w.\-]+)", branches)
+    return called
+
+
+def _collectives(computations: Mapping[str, list[Instruction]], entry: str) -> Iterator[_Step]:
+    """The transfers, each once wherever it is started.
+
+    libtpu fuses them: one that runs beside other work has a fusion that starts it, some that go on with it and one that
+    ends it, which all hold the same instruction with the same channel. A reduce-scatter is a fusion of an all-reduce
+    that it names `all-reduce-scatter`.
+    """
+    seen: set[tuple[str, str]] = set()
+    for step in _walk(computations, entry, 1):
+        if _is_collective(step.instruction):
+            yield step
+        if step.instruction.opcode != "fusion":
+            continue
+        for inner in _fused(computations, step.instruction):
+            channel = re.search(r"channel_id=(\d+)", inner.rest)
+            if channel and (step.inside, channel[1]) in seen:
+                continue
+            if channel:
+                seen.add((step.inside, channel[1]))
+            yield dataclasses.replace(step, instruction=inner)
+
+
+def _fused(computations: Mapping[str, list[Instruction]], fusion: Instruction) -> Iterator[Instruction]:
+    for callee in _called(fusion):
+        for instruction in computations.get(callee, ()):
+            if _is_collective(instruction):
+                scatters = callee.startswith("all-reduce-scatter") and instruction.opcode == "all-reduce"
+                yield dataclasses.replace(instruction, opcode=_FUSED_SCATTER) if scatters else instruction
+            elif instruction.opcode == "fusion":
+                yield from _fused(computations, instruction)
+
+
+def _is_collective(instruction: Instruction) -> bool:
+    return instruction.opcode.removesuffix("-start") in COLLECTIVES
 
 
 def _turns(computations: Mapping[str, list[Instruction]], rest: str) -> int | None:
@@ -162,8 +207,8 @@ def _sent(kind: str, instruction: Instruction, size: int) -> float:
     match kind:
         case "all-reduce":
             return 2 * payload * share
-        case "reduce-scatter":
-            return payload * (size - 1)
+        case "reduce-scatter" if instruction.opcode == kind:
+            return payload * (size - 1)  # the payload is the part that a device keeps
         case "collective-permute":
             return payload
         case _:

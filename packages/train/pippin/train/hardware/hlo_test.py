@@ -72,3 +72,33 @@ def test_a_loop_of_unknown_length_is_counted_as_such() -> None:
     text = _TEXT.replace("constant(26)", "parameter(1)").replace("GROUPS", "{{0,1}}")
     profile = read_profile(text, _MESH)
     assert (profile.cycles, profile.unknown_loops) == (105, 1)
+
+
+_FUSED = """
+%all-reduce-scatter.3 (p: bf16[512,192]) -> bf16[64,192] {
+  %r = bf16[512,192]{1,0} all-reduce(%p), channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %s = bf16[64,192]{1,0} dynamic-slice(%r, %i)
+}
+
+%start (p: bf16[48,192]) -> bf16[192,192] {
+  ROOT %g = bf16[192,192]{1,0} all-gather(%p), channel_id=9, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%done (p: bf16[48,192]) -> bf16[192,192] {
+  ROOT %g = bf16[192,192]{1,0} all-gather(%p), channel_id=9, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %a = bf16[192,192]{1,0} fusion(%x), kind=kCustom, calls=%start
+  %b = bf16[192,192]{1,0} fusion(%a), kind=kCustom, calls=%done
+  ROOT %c = bf16[64,192]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""
+
+
+def test_transfers_that_are_fused_count_once_and_a_fused_scatter_is_one() -> None:
+    gather, scatter = sorted(read_profile(_FUSED, _MESH).collectives, key=lambda c: c.kind)
+    assert (gather.kind, gather.axes, gather.times) == ("all-gather", "fsdp", 1)
+    assert gather.sent_bytes == 192 * 192 * 2 * 3 / 4
+    assert (scatter.kind, scatter.axes, scatter.times) == ("reduce-scatter", "fsdp", 1)
+    assert scatter.sent_bytes == 512 * 192 * 2 * 3 / 4
