@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pippin.core.config import REQUIRED, Config, Required, nearest
@@ -112,6 +112,11 @@ class MeshConfig(Config):
                 f"{'divide' if free else 'equal'} the number of devices. Change a size, or write -1 for one axis."
             )
         return {axis: num_devices // fixed if s == -1 else s for axis, s in sizes.items()}
+
+    def ways(self, axis: str, shape: Mapping[str, int]) -> int:
+        """Into how many parts a mesh of some shape splits a dim of a logical axis."""
+        rule = next((rule.mesh for rule in self.rules if rule.logical == axis), ())
+        return math.prod(shape[a] for a in rule)
 
     def make(
         self,

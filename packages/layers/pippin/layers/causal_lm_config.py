@@ -27,8 +27,7 @@ class CausalLMConfig(Config, implementation="pippin.layers.causal_lm:CausalLM", 
     logit_soft_cap: float | None = None
     activation_dtype: FloatType = FloatType.FLOAT32
     z_loss: float = 0.0  # weight of mean(logsumexp(logits)^2)
-    # The loss makes logits for so many tokens of the batch at a time, on all devices together.
-    loss_chunk_tokens: int = 1024  # of each device, where a mesh splits the batch
+    loss_chunk_tokens: int = 1024  # the loss makes logits for so many tokens at a time, on each device
 
     def validate(self) -> None:
         if self.loss_chunk_tokens < 1:

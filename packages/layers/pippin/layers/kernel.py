@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pippin.core.module import Module
-from pippin.core.sharding import mesh_in_use
+from pippin.core.sharding import mesh_in_use, num_shards
 from pippin.layers.context import Context, KeyValues
 from pippin.layers.kernel_config import AttentionShape, BlockwiseKernelConfig, ReferenceKernelConfig
 from pippin.layers.precision import at_least_float32
@@ -34,13 +34,6 @@ def attention_shape(
     q: Float[Array, "B T N H"], kv: KeyValues, ctx: Context, logits: Logits
 ) -> AttentionShape:
     """What a kernel is chosen by, of a call inside a program for the mesh in use, if there is one."""
-    active = mesh_in_use()
-    shards = 1
-    if active is not None:
-        cfg, mesh = active
-        split = cfg.spec(("batch", "sequence"))[1]
-        for axis in (split,) if isinstance(split, str) else split or ():
-            shards *= mesh.shape[axis]
     # A position encoding without a bias has the method all the same, and returns none.
     bias = None if logits.bias is None else jax.eval_shape(logits.bias, ctx.positions, kv.positions)
     _, query_length, num_heads, head_dim = q.shape
@@ -57,7 +50,9 @@ def attention_shape(
         soft_cap=logits.soft_cap,
         has_bias=bias is not None,
         has_sinks=logits.sinks is not None,
-        sequence_shards=shards,
+        sequence_shards=num_shards("sequence"),
+        head_shards=num_shards("heads"),
+        kv_head_shards=num_shards("kv_heads"),
     )
 
 

@@ -27,6 +27,8 @@ class AttentionShape:
     has_bias: bool = False
     has_sinks: bool = False
     sequence_shards: int = 1  # how many ways the mesh splits the tokens of a sequence
+    head_shards: int = 1  # likewise, the query heads
+    kv_head_shards: int = 1
 
 
 class AttentionKernelConfig(Config):
@@ -105,6 +107,10 @@ class SplashKernelConfig(
             (
                 shape.sequence_shards > 1,
                 f"the mesh splits sequences {shape.sequence_shards} ways, which needs ring attention",
+            ),
+            (
+                shape.head_shards != shape.kv_head_shards,
+                f"the mesh splits query heads {shape.head_shards} ways and key heads {shape.kv_head_shards} ways",
             ),
         )
 

@@ -14,6 +14,7 @@ from pippin.layers.context import Context, KeyValues
 from pippin.layers.kernel import Logits, attention_shape
 from pippin.layers.kernel_config import (
     AttentionShape,
+    BlockwiseKernelConfig,
     Reasons,
     ReferenceKernelConfig,
     SelectKernelConfig,
@@ -60,7 +61,7 @@ class SelectKernel(Module):
     """Computes attention by the first of its kernels that supports the call.
 
     That one is chosen while the call is traced, by shapes and platform: no value is looked at.
-    A call that only the reference is left for logs a warning with all reasons, once.
+    A call that falls to the reference, or to the blockwise kernel on an accelerator, logs a warning with all reasons, once.
     """
 
     Config = SelectKernelConfig
@@ -80,12 +81,15 @@ class SelectKernel(Module):
         chosen, passed_over = choose(self.cfg, shape)
         if (record := _choices.get()) is not None:
             record[Choice(shape, type(chosen).TYPE.rpartition(".")[2], passed_over)] = None
-        if passed_over and isinstance(chosen, ReferenceKernelConfig):
-            _warn(passed_over)
+        slow = isinstance(chosen, ReferenceKernelConfig) or (
+            isinstance(chosen, BlockwiseKernelConfig) and shape.platform != "cpu"
+        )
+        if passed_over and slow:
+            _warn(type(chosen).TYPE.rpartition(".")[2], passed_over)
         return chosen.build()(q, kv, ctx, logits)
 
 
 @functools.cache
-def _warn(passed_over: Reasons) -> None:
+def _warn(kernel: str, passed_over: Reasons) -> None:
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over)
-    _logger.warning("attention is computed by ReferenceKernel, with all logits in memory. %s.", reasons)
+    _logger.warning("attention is computed by %s, which is slow on this platform. %s.", kernel, reasons)

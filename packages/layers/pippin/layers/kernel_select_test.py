@@ -226,6 +226,6 @@ def test_the_reference_is_never_chosen_in_silence(caplog):
         ReferenceKernelConfig().build()(_Q, _KV, _CTX, Logits(0.3))
     (record,) = caplog.records
     assert record.getMessage() == (
-        "attention is computed by ReferenceKernel, with all logits in memory. SplashKernel: it runs on TPUs, and "
+        "attention is computed by ReferenceKernel, which is slow on this platform. SplashKernel: it runs on TPUs, and "
         "this is a cpu; CuDNNKernel: it runs on NVIDIA GPUs, and this is a cpu."
     )

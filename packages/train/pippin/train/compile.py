@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pippin.core.errors import PippinError
 from pippin.layers import configs as _layers  # noqa: F401  so that --set knows every layer by its name
-from pippin.train.launch import EXIT_ERROR, configure
+from pippin.train.launch import EXIT_ERROR, choose_recipe, configure
 from pippin.train.recipe import load_file
 
 _EPILOG = """
@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     from pippin.train.hardware.accelerator import parse_target
 
     added = load_file(args.recipe_file) if args.recipe_file else []
-    name = args.recipe or (added[0] if added else "stdlib_tiny")
+    name = choose_recipe(args.recipe, args.recipe_file, added)
     cfg = configure(name, args.set)
     targets = [parse_target(target) for target in args.target]
 

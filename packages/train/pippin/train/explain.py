@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
-from pippin.core.config_tree import traverse
+from pippin.core.config import Config, children
 from pippin.layers.kernel_config import SelectKernelConfig
 from pippin.layers.kernel_select import record_choices
 from pippin.train.hardware.machine import for_this_machine
@@ -77,14 +78,19 @@ def _kernels(trainer: Trainer) -> list[str]:
     with record_choices() as choices:
         trainer.trace()
     by_itself = [
-        f"  {path}: {type(part).TYPE.rpartition('.')[2]}, as the config sets it"
-        for path, part in traverse(trainer.cfg.model)
-        if part.PROVIDES == "attention_kernel"
-        and not isinstance(part, SelectKernelConfig)
-        # Those to choose from are parts of what chooses.
-        and ".kernels." not in path
+        f"  {path}: {name}, as the config sets it" for path, name in _set_kernels("model", trainer.cfg.model)
     ]
     return ["attention kernels:", *(f"  {choice}" for choice in choices), *by_itself, ""]
+
+
+def _set_kernels(path: str, cfg: Config) -> Iterator[tuple[str, str]]:
+    """The kernels that are used without a choice, by their paths."""
+    if cfg.PROVIDES == "attention_kernel":
+        if not isinstance(cfg, SelectKernelConfig):
+            yield path, type(cfg).TYPE.rpartition(".")[2]
+        return
+    for step, child in children(cfg):
+        yield from _set_kernels(f"{path}.{step}", child)
 
 
 def _rules(trainer: Trainer) -> list[str]:

@@ -25,6 +25,7 @@ from pippin.train.trainer_config import TrainerConfig
 from pippin.v1 import job_pb2 as pb
 
 if TYPE_CHECKING:
+    from pippin.train.hardware.mesh_rules import Applied
     from pippin.train.step import TrainState
     from pippin.train.summary import Summary
     from pippin.train.trainer import Trainer
@@ -53,8 +54,9 @@ def run_job(cfg: TrainerConfig, out: Path, recipe: str, started: float | None = 
     # here, before a directory is made.
     source = cfg.input.build(tokenizer_dir=run.tokenizer if run.claimed_by(cfg) else None)
     try:
+        applied = _for_this_machine(cfg)
         run.claim(cfg)
-        summary = _train(cfg, run, recipe, source, ledger, record)
+        summary = _train(cfg, applied, run, recipe, source, ledger, record)
         record.outcome = pb.RUN_OUTCOME_COMPLETED
         return summary
     except BaseException as e:
@@ -69,23 +71,37 @@ def run_job(cfg: TrainerConfig, out: Path, recipe: str, started: float | None = 
             run.write_record(record)
 
 
-def _train(
-    cfg: TrainerConfig, run: RunDirectory, recipe: str, source: Any, ledger: Ledger, record: pb.RunRecord
-) -> Summary:
+def _for_this_machine(cfg: TrainerConfig) -> Applied:
+    """The config for the devices that there are, before a directory is made. The input works meanwhile."""
     import jax
 
-    from pippin.train import loop
     from pippin.train.hardware.compilation_cache import keep_compiled_programs
     from pippin.train.hardware.machine import for_this_machine
-    from pippin.train.metric_writer import MetricWriter
 
+    keep_compiled_programs()
     if jax.process_count() > 1:
         raise ConfigError(
             f"this job has {jax.process_count()} processes; launch trains with one process, over all its devices. "
             "Start it on one host."
         )
-    keep_compiled_programs()
-    cfg = for_this_machine(cfg).cfg
+    return for_this_machine(cfg)
+
+
+def _train(
+    asked: TrainerConfig,
+    applied: Applied,
+    run: RunDirectory,
+    recipe: str,
+    source: Any,
+    ledger: Ledger,
+    record: pb.RunRecord,
+) -> Summary:
+    import jax
+
+    from pippin.train import loop
+    from pippin.train.metric_writer import MetricWriter
+
+    cfg: TrainerConfig = applied.cfg
     trainer = cfg.build(held_out=partial(_held_out, source))
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     with ledger.into(Bucket.GOODPUT_BUCKET_COMPILE):
@@ -94,7 +110,7 @@ def _train(
         trainer.require_vocabulary(source.tokenizer.vocab_size)
     with cfg.checkpointer.build(
         directory=run.checkpoints,
-        component=cfg.model,
+        component=asked.model,  # what a rule changed is of this machine, not of the model
         recipe=recipe,
         parameters=trainer.parameter_paths,
     ) as checkpointer:
@@ -111,7 +127,7 @@ def _train(
             MetricWriter(run, record.first_step + 1) as writer,
             Display(cfg.steps, record.first_step) as display,
         ):
-            for note in [_opening(trainer, run, recipe, record), *notes]:
+            for note in [_opening(trainer, applied, run, recipe, record), *notes]:
                 display.say(note)
             ledger.rest_into(Bucket.GOODPUT_BUCKET_STEP)
             state, samples = loop.run(
@@ -130,11 +146,12 @@ def _train(
     return _summarise(trainer, state, samples, run, recipe, source, ledger, record)
 
 
-def _opening(trainer: Trainer, run: RunDirectory, recipe: str, record: pb.RunRecord) -> str:
+def _opening(trainer: Trainer, applied: Applied, run: RunDirectory, recipe: str, record: pb.RunRecord) -> str:
     resumed = f", from the checkpoint of step {record.first_step}" if record.first_step else ""
+    rule = f"; mesh rule {applied.rule.accelerators}" if applied.rule and applied.rule.modifiers else ""
     return (
         f"{recipe}: {trainer.num_params / 1e6:.1f}M parameters, {trainer.cfg.steps} steps on {record.devices}"
-        f"{resumed}; {run.path}"
+        f"{resumed}{rule}; {run.path}"
     )
 
 

@@ -99,11 +99,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.list:
         _print_list()
         return 0
-    if args.recipe is None and len(added) > 1:
-        raise ConfigError(
-            f"{args.recipe_file} has several recipes. Choose with --recipe: {', '.join(added)}."
-        )
-    name = args.recipe or (added[0] if added else DEFAULT_RECIPE)
+    name = choose_recipe(args.recipe, args.recipe_file, added)
     cfg = configure(name, args.set, steps=args.steps, data=args.data, text_field=args.text_field)
     if args.print_config or args.print_proto:
         print(to_text(cfg) if args.print_proto else config_tree.config_text(cfg), end="")
@@ -119,6 +115,17 @@ def _run(args: argparse.Namespace) -> int:
             f"--resume: {out} holds no run. Leave out --resume to start one, or give its --out."
         )
     return _train(cfg, out.absolute(), name)
+
+
+def choose_recipe(named: str | None, file: Path | None, added: Sequence[str]) -> str:
+    """The recipe that a command line means: the one it names, or that of the file, or the default one.
+
+    Raises:
+        ConfigError: the file has several, and none is named.
+    """
+    if named is None and len(added) > 1:
+        raise ConfigError(f"{file} has several recipes. Choose with --recipe: {', '.join(added)}.")
+    return named or (added[0] if added else DEFAULT_RECIPE)
 
 
 def configure(

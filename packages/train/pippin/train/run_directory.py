@@ -46,15 +46,15 @@ class RunDirectory:
         self.report = path / "report.html"
 
     def claimed_by(self, cfg: TrainerConfig) -> bool:
-        """Whether the directory holds a run of this config, with its tokenizer."""
-        return self.tokenizer.exists() and self.config.exists() and self._read_config() == cfg
+        """Whether the directory holds a run of this config, on whatever mesh, with its tokenizer."""
+        return self.tokenizer.exists() and self.config.exists() and _is_same(self._read_config(), cfg)
 
     def check(self, cfg: TrainerConfig) -> None:
         """Raises `ConfigError` if the directory holds a run of another config, or files that are no run's."""
         if self.config.exists():
             theirs = self._read_config()
             # Where nothing was trained yet, an attempt that failed early holds no directory.
-            if theirs != cfg and any(self.checkpoints.glob("[0-9]*")):
+            if not _is_same(theirs, cfg) and any(self.checkpoints.glob("[0-9]*")):
                 raise ConfigError(
                     f"{self.path} holds a run of another config. The differences (there -> now):\n  "
                     + "\n  ".join(_shown(diff(theirs, cfg)))
@@ -77,7 +77,9 @@ class RunDirectory:
             ConfigError: as `check`.
         """
         self.check(cfg)
-        if self.config.exists() and self._read_config() == cfg:
+        if self.config.exists() and _is_same(theirs := self._read_config(), cfg):
+            if theirs != cfg:
+                write_atomic(self.config, to_text(cfg))
             return True
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.config, to_text(cfg))
@@ -128,6 +130,11 @@ class RunDirectory:
     def write_record(self, record: Message) -> None:
         """Writes record.textproto."""
         write_atomic(self.record, text_format.MessageToString(record))
+
+
+def _is_same(theirs: Config, cfg: TrainerConfig) -> bool:
+    """Whether two configs are of one run: it may go on with another mesh, and with other mesh rules."""
+    return isinstance(theirs, TrainerConfig) and cfg == theirs.set(mesh=cfg.mesh, mesh_rules=cfg.mesh_rules)
 
 
 def _shown(lines: list[str]) -> list[str]:

@@ -1,7 +1,6 @@
 """The parts of a training run, built from its config and put on the mesh. The order of things is in loop.py."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -189,8 +188,7 @@ _BATCH_DTYPES = {
 
 def _require_even_batch(cfg: TrainerConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises `ShardingError` unless every device gets the same number of rows in every microbatch."""
-    axes = next((rule.mesh for rule in cfg.mesh.rules if rule.logical == "batch"), ())
-    ways = math.prod(mesh.shape[axis] for axis in axes) * cfg.learner.microbatches
+    ways = cfg.mesh.ways("batch", mesh.shape) * cfg.learner.microbatches
     if cfg.input.batch_size % ways:
         raise ShardingError(
             f"input.batch_size ({cfg.input.batch_size}) must be a multiple of {ways}: the mesh splits it over "

@@ -7,12 +7,16 @@ import platform
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from pippin.train.input.cache import default_cache_dir
 
 
 def keep_compiled_programs(directory: Path | None = None) -> Path:
     """Has JAX keep what it compiles, and use what was kept. An own choice (JAX_COMPILATION_CACHE_DIR) stands.
+
+    Programs that took less than a second to compile are not kept, and what is kept stays until it is removed: so does
+    a damaged one, which is compiled again each time.
 
     JAX's key covers the program, the compiler's version and its options, and the devices. It does not cover which
     instructions this machine's CPU has, on which programs for the CPU depend: they are a part of the directory.
@@ -24,6 +28,7 @@ def keep_compiled_programs(directory: Path | None = None) -> Path:
         return Path(own)
     chosen = directory or default_cache_dir() / "programs" / _cpu()
     jax.config.update("jax_compilation_cache_dir", str(chosen))
+    compilation_cache.reset_cache()  # else a process that has compiled already would not use it
     return chosen
 
 

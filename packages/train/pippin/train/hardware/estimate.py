@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pippin.core.config_tree import transform
+from pippin.core.errors import ConfigError
 from pippin.core.module import merge, split
 from pippin.layers.kernel_config import ReferenceKernelConfig
 from pippin.layers.kernel_select import Choice, record_choices
@@ -22,8 +23,8 @@ from pippin.train.hardware.hlo import Profile, read_profile
 from pippin.train.hardware.mesh_rules import Applied, apply_mesh_rules
 from pippin.train.hardware.topology import topology_devices
 
-# What libtpu says of a program that does not fit: the size of its temporaries, or of all.
-_TOO_LARGE = re.compile(r"(?:temporaries \(|[Uu]sed )([\d.]+)([KMGT]?)")
+# What libtpu says of a program that does not fit: its "temporaries" are all that it needs, arguments included.
+_TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\)")
 _UNIT = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -79,12 +80,12 @@ class Estimate:
 
     @property
     def step_s(self) -> tuple[float, float]:
-        """The least and the most that a step takes: transfers hidden behind computing, or none of them."""
+        """With all transfers hidden behind computing, and with none of them."""
         return max(self.compute_s, self.link_s), self.compute_s + self.link_s
 
     @property
     def mfu(self) -> tuple[float, float]:
-        """Model FLOPs utilisation, from the most to the least time of a step."""
+        """Model FLOPs utilisation, with no transfer hidden and with all."""
         peak = self.target.num_devices * self.target.device.peak_flops
         least, most = self.step_s
         return self.model_flops / (peak * most), self.model_flops / (peak * least)
@@ -127,11 +128,15 @@ def estimate(cfg: Any, target: Target) -> Estimate:
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        size = _TOO_LARGE.search(str(e))
+        message = str(e).partition("\n")[0]
+        size = _TOO_LARGE.search(message)
+        if size is None or "on HBM" not in message:
+            raise ConfigError(
+                f"the compiler for {target.name} refuses the step: {message} If it names vmem, a kernel's blocks are too "
+                "large: give its config a smaller block_size."
+            ) from None
         compiled, program = None, math.nan
-        temporary = float(size[1]) * _UNIT[size[2]] if size else math.nan
+        temporary = max(0.0, float(size[1]) * _UNIT[size[2]] - parameter_bytes - learner_bytes)
     else:
         stats = compiled.memory_analysis()
         temporary, program = float(stats.temp_size_in_bytes), float(stats.generated_code_size_in_bytes)

@@ -1,7 +1,9 @@
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
+from pippin.layers.context import Context, KeyValues
+from pippin.layers.kernel import Logits
+from pippin.layers.kernel_config import SplashKernelConfig
 from pippin.train.hardware.flops import function_flops
 
 
@@ -41,23 +43,20 @@ def test_grouped_matmuls_count_each_row_once() -> None:
     assert flops.total == 2 * 6 * 4 * 5
 
 
-def test_a_kernel_counts_as_often_as_its_grid_is_long_and_on_every_device() -> None:
-    def kernel(x, y, out):
-        out[...] = x[...] @ y[...]
+def test_a_kernel_counts_as_often_as_its_grid_is_long() -> None:
+    kernel = SplashKernelConfig(interpret=True).build()
+    positions = jnp.arange(128)[None]
 
-    def call(x: jax.Array, y: jax.Array) -> jax.Array:
-        whole = pl.BlockSpec((8, 8), lambda i: (0, 0))
-        row = pl.BlockSpec((8, 8), lambda i: (i, 0))
-        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        return pl.pallas_call(
-            kernel, grid=(4,), in_specs=[row, whole], out_specs=row, out_shape=shape, interpret=True
-        )(x, y)
+    def attend(q: jax.Array, k: jax.Array) -> jax.Array:
+        kv = KeyValues(k, k, positions, None, aligned=True)
+        return kernel(q, kv, Context(positions), Logits(scale=1.0))
 
-    x, y = jnp.ones((32, 8)), jnp.ones((8, 8))
-    assert function_flops(call, x, y) == (0.0, 2 * 32 * 8 * 8)
+    flops = function_flops(attend, jnp.ones((1, 128, 2, 128)), jnp.ones((1, 128, 1, 128)))
+    assert flops == (0.0, 2 * 2 * 2 * 128 * 128 * 128)  # for each of two heads, the logits and the values
+
+
+def test_every_device_runs_what_is_inside_a_shard_map() -> None:
     spec = jax.sharding.PartitionSpec
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
-    split = jax.shard_map(
-        call, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec("data"), check_vma=False
-    )
-    assert function_flops(split, x, y) == (0.0, mesh.size * 2 * 32 * 8 * 8)
+    split = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec("data"))
+    assert function_flops(split, jnp.ones((6, 4)), jnp.ones((4, 5))) == (mesh.size * 2 * 6 * 4 * 5, 0.0)

@@ -18,4 +18,5 @@ def for_this_machine(cfg: Any) -> Applied:
     """
     if not cfg.mesh_rules:
         return Applied(cfg, None, ())
-    return apply_mesh_rules(cfg, target_of(jax.devices()[0].device_kind, jax.device_count()))
+    first = jax.devices()[0]
+    return apply_mesh_rules(cfg, target_of(first.device_kind, jax.device_count(), first.platform))

@@ -11,10 +11,10 @@ import dataclasses
 import fnmatch
 from typing import Any
 
-from pippin.core.config import field_hints
-from pippin.core.config_tree import diff, transform
+from pippin.core.config import Config, field_hints
+from pippin.core.config_tree import diff, show, transform
 from pippin.core.errors import ConfigError
-from pippin.core.mesh_config import MESH_AXES, MeshConfig
+from pippin.core.mesh_config import MESH_AXES
 from pippin.train.hardware.accelerator import Target
 from pippin.train.hardware.mesh_rules_config import (
     MeshRuleConfig,
@@ -67,15 +67,12 @@ class SetMesh:
         """The config on the new mesh.
 
         Raises:
-            ConfigError: the mesh was set by hand.
+            ConfigError: a size of the mesh was set by hand.
         """
-        chosen = {axis: getattr(cfg.mesh, axis) for axis in MESH_AXES}
-        if chosen != {axis: getattr(MeshConfig(), axis) for axis in MESH_AXES}:
-            raise ConfigError(
-                f"mesh was set to {chosen}, and the rule for {target.name} sets it too. Leave out one: "
-                "--set 'mesh_rules=()' trains without rules."
-            )
-        return cfg.set(mesh=cfg.mesh.set(**{axis: getattr(self._cfg, axis) for axis in MESH_AXES}))
+        sizes = {axis: getattr(self._cfg, axis) for axis in MESH_AXES}
+        for axis, size in sizes.items():
+            _require_free(cfg.mesh, axis, size, f"mesh.{axis}", target)
+        return cfg.set(mesh=cfg.mesh.set(**sizes))
 
 
 class SetRemat:
@@ -88,7 +85,7 @@ class SetRemat:
 
     def __call__(self, cfg: Any, target: Target) -> Any:
         """The config with the policy wherever one can be set."""
-        return _set_everywhere(cfg, "remat", self._cfg.remat)
+        return _set_everywhere(cfg, "remat", self._cfg.remat, target)
 
 
 class SetPrecision:
@@ -101,7 +98,7 @@ class SetPrecision:
 
     def __call__(self, cfg: Any, target: Target) -> Any:
         """The config with that type."""
-        return _set_everywhere(cfg, "activation_dtype", self._cfg.activation_dtype)
+        return _set_everywhere(cfg, "activation_dtype", self._cfg.activation_dtype, target)
 
 
 class SetAccumulation:
@@ -114,14 +111,29 @@ class SetAccumulation:
 
     def __call__(self, cfg: Any, target: Target) -> Any:
         """The config with as many microbatches as are needed."""
-        shape = cfg.mesh.shape(target.num_devices)
-        rows = cfg.input.batch_size // (shape["data"] * shape["fsdp"])
+        rows = cfg.input.batch_size // cfg.mesh.ways("batch", cfg.mesh.shape(target.num_devices))
         microbatches = next(
             (n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= self._cfg.rows_per_device), 1
         )
+        _require_free(cfg.learner, "microbatches", microbatches, "learner.microbatches", target)
         return cfg.set(learner=cfg.learner.set(microbatches=microbatches))
 
 
-def _set_everywhere(cfg: Any, field: str, value: Any) -> Any:
-    model = transform(cfg.model, lambda c: c.set(**{field: value}) if field in field_hints(type(c)) else c)
-    return cfg.set(model=model)
+def _set_everywhere(cfg: Any, field: str, value: Any, target: Target) -> Any:
+    def change(part: Config) -> Config:
+        if field not in field_hints(type(part)):
+            return part
+        _require_free(part, field, value, f"{field} of {type(part).TYPE.rpartition('.')[2]}", target)
+        return part.set(**{field: value})
+
+    return cfg.set(model=transform(cfg.model, change))
+
+
+def _require_free(part: Config, field: str, value: Any, name: str, target: Target) -> None:
+    """Raises `ConfigError` if a field was set to something else than what a rule sets it to."""
+    old = getattr(part, field)
+    if field in part.chosen and old != value:
+        raise ConfigError(
+            f"{name} was set to {show(old)}, and the mesh rule for {target.name} sets it to {show(value)}. Leave out "
+            "yours, or train without rules: --set 'mesh_rules=()'."
+        )

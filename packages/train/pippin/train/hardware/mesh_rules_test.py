@@ -1,7 +1,12 @@
+import math
+
+import jax
 import pytest
+from flax import nnx
 
 from pippin.core.config_tree import override
 from pippin.core.errors import ConfigError
+from pippin.core.module import parameter_infos
 from pippin.layers.causal_lm_config import FloatType
 from pippin.layers.stack_config import Remat
 from pippin.train.hardware.accelerator import parse_target
@@ -66,9 +71,25 @@ def test_an_accelerator_without_a_rule_is_refused_with_the_rules() -> None:
 def test_a_mesh_that_was_set_by_hand_is_not_undone() -> None:
     cfg = override(_cfg(), {"mesh.tensor": 2})
     with pytest.raises(
-        ConfigError, match=r"mesh was set to .*'tensor': 2.*the rule for tpu-v5e-4 sets it too"
+        ConfigError, match=r"mesh.tensor was set to 2, and the mesh rule for tpu-v5e-4 sets it to 1"
     ):
         apply_mesh_rules(cfg, parse_target("tpu-v5e-4"))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("model.activation_dtype", "float32"),
+        ("model.decoder.remat", "save_matmuls"),
+        ("learner.microbatches", 2),
+    ],
+)
+def test_a_rule_does_not_undo_what_was_set_by_hand(path: str, value: object) -> None:
+    field = path.rpartition(".")[2]
+    with pytest.raises(
+        ConfigError, match=rf"{field}.* was set to {value}, and the mesh rule for tpu-v5e-4 sets it to"
+    ):
+        apply_mesh_rules(override(_cfg(), {path: value}), parse_target("tpu-v5e-4"))
 
 
 def test_without_rules_a_config_is_for_any_hardware_as_it_is() -> None:
@@ -82,3 +103,20 @@ def test_without_rules_a_config_is_for_any_hardware_as_it_is() -> None:
 @pytest.mark.parametrize("name", all_recipes())
 def test_every_recipe_has_a_rule_for_every_accelerator(name: str, target: str) -> None:
     assert apply_mesh_rules(all_recipes()[name].make(), parse_target(target)).rule is not None
+
+
+@pytest.mark.parametrize("target", ["tpu-v5e-256", "tpu-v5p-1024", "gpu-h100-512"])
+@pytest.mark.parametrize("name", all_recipes())
+def test_every_recipe_s_state_fits_half_of_the_memory_that_its_rule_splits_it_over(
+    name: str, target: str
+) -> None:
+    cfg, on = all_recipes()[name].make(), parse_target(target)
+    if name == "afm_server_ptmoe":
+        on = parse_target(target.replace("-256", "-1024").replace("tpu-v5e-1024", "tpu-v5p-4096"))
+    model = nnx.eval_shape(lambda: cfg.model.build(rngs=nnx.Rngs(0)))
+    parameters = sum(
+        info.shape and math.prod(info.shape) or 1 for info in jax.tree.leaves(parameter_infos(model))
+    )
+    shape = apply_mesh_rules(cfg, on).cfg.mesh.shape(on.num_devices)
+    # Float32 parameters, and two numbers of each for the optimizer.
+    assert 12 * parameters / shape["fsdp"] < on.device.memory_bytes / 2

@@ -38,16 +38,19 @@ def topology_devices(target: Target) -> Sequence[Any]:
             "pip install 'pippin-train[tpu]'."
         )
     torus, slices = target.slices()
+    if slices > 1:
+        raise ConfigError(
+            f"{target.name} is {slices} slices, and what crosses the network between slices is not estimated. Name one "
+            f"slice: at most {target.device.kind}-{target.num_devices // slices * target.device.units_per_device}."
+        )
     for name, value in _NO_TPU_HERE.items():
         os.environ.setdefault(name, value)
     name = f"{target.device.libtpu_name}:{'x'.join(map(str, torus))}"
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except (ValueError, RuntimeError, NotImplementedError) as e:
         reason = str(e).partition("\n")[0]
-        raise ConfigError(
-            f"libtpu has no topology {name} in {slices} slice(s): {reason}. Try another number of chips."
-        ) from None
+        raise ConfigError(f"libtpu has no topology {name}: {reason}. Try another number of chips.") from None
 
 
 def _names() -> list[str]:

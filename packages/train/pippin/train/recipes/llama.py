@@ -12,12 +12,18 @@ from pippin.train.input.config import (
 )
 from pippin.train.learner.config import AdamWConfig, CosineScheduleConfig, LearnerConfig, RuleConfig
 from pippin.train.recipe import recipe
-from pippin.train.recipes.mesh_rules import LARGE
+from pippin.train.recipes.mesh_rules import HUGE, LARGE
 from pippin.train.trainer_config import PerplexityConfig, TrainerConfig
 
 
 def _train(
-    model: CausalLMConfig, *, batch_size: int, sequence_length: int, learner: LearnerConfig, steps: int
+    model: CausalLMConfig,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    learner: LearnerConfig,
+    steps: int,
+    huge: bool = False,
 ) -> TrainerConfig:
     return TrainerConfig(
         model=model,
@@ -28,7 +34,7 @@ def _train(
             sequence_length=sequence_length,
         ),
         learner=learner,
-        mesh_rules=LARGE,
+        mesh_rules=HUGE if huge else LARGE,
         checkpointer=CheckpointerConfig(every_steps=2000),
         evaluators=(PerplexityConfig(every_steps=2000, max_batches=32),),
         steps=steps,
@@ -65,7 +71,9 @@ def llama2_70b() -> TrainerConfig:
     Expect:   unknown for other text than Meta's.
     """
     learner = _adamw(1.5e-4, warmup_steps=2000, final_ratio=0.1)
-    return _train(llama.llama2_70b(), batch_size=1024, sequence_length=4096, learner=learner, steps=476_000)
+    return _train(
+        llama.llama2_70b(), batch_size=1024, sequence_length=4096, learner=learner, steps=476_000, huge=True
+    )
 
 
 @recipe
