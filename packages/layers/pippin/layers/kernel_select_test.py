@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import types
+import typing
 from typing import Any
 
 import jax
@@ -12,8 +13,8 @@ import pytest
 
 from pippin.core.config import Config
 from pippin.core.errors import ConfigError
-from pippin.core.sharding import MESH_AXES, MeshConfig
-from pippin.layers import kernel, kernel_select
+from pippin.core.sharding import MESH_AXES, MeshConfig, use_mesh
+from pippin.layers import kernel_select
 from pippin.layers.context import Context, KeyValues
 from pippin.layers.kernel import Logits, attention_shape
 from pippin.layers.kernel_config import (
@@ -56,6 +57,7 @@ def _because(shape: AttentionShape, change: dict[str, Any], cfg: Any) -> str:
         ({"head_dim": 512}, "head_dim (512) is above 256"),
         ({"has_bias": True}, "it adds no bias to logits"),
         ({"sequence_shards": 4}, "the mesh splits sequences 4 ways, which needs ring attention"),
+        ({"head_shards": 2}, "the mesh splits query heads 2 ways and key heads 1 ways"),
     ],
 )
 def test_splash_says_what_it_cannot_serve(change, reason):
@@ -208,11 +210,11 @@ def test_a_call_is_described_without_looking_at_a_value(position, biased):
 
 
 @pytest.mark.parametrize("platform, name", [("tpu", "tpu"), ("cuda", "gpu")])
-def test_the_platform_is_that_of_the_mesh_whose_devices_need_not_be_here(platform, name, monkeypatch):
+def test_the_platform_is_that_of_the_mesh_whose_devices_need_not_be_here(platform, name):
     devices = np.array([types.SimpleNamespace(platform=platform)])
     mesh = types.SimpleNamespace(devices=devices, shape=dict.fromkeys(MESH_AXES, 2))
-    monkeypatch.setattr(kernel, "mesh_in_use", lambda: (MeshConfig(), mesh))
-    shape = attention_shape(_Q, _KV, _CTX, Logits(0.3))
+    with use_mesh(MeshConfig(), typing.cast(Any, mesh)):
+        shape = attention_shape(_Q, _KV, _CTX, Logits(0.3))
     assert (shape.platform, shape.sequence_shards) == (name, 2)
 
 

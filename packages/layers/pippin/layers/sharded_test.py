@@ -120,6 +120,18 @@ def test_splash_attention_is_not_chosen_where_the_mesh_splits_sequences():
     assert "needs ring attention" in configs.SplashKernelConfig(interpret=True).supports(shape)
 
 
+def test_splash_attention_is_not_chosen_where_the_mesh_splits_queries_and_not_their_keys():
+    rules = tuple(rule for rule in MeshConfig().rules if rule.logical != "kv_heads")
+    mesh = MeshConfig(data=2, tensor=2, rules=rules)
+    q, k = jnp.zeros((_B, 128, 4, 8)), jnp.zeros((_B, 128, 2, 8))
+    kv = KeyValues(k, k, jnp.asarray(positions(_B, 128)), None, aligned=True)
+    with use_mesh(mesh, mesh.make(jax.devices()[:4])):
+        shape = attention_shape(q, kv, Context(kv.positions), Logits(1.0))
+    assert "query heads 2 ways and key heads 1 ways" in configs.SplashKernelConfig(interpret=True).supports(
+        shape
+    )
+
+
 def _logits(program: str) -> set[int]:
     """How many tokens the float arrays over the vocabulary hold, of what each device computes."""
     shapes = re.findall(rf"f32\[([\d,]*,{_V})\]", program)

@@ -2,8 +2,10 @@ from pathlib import Path
 
 import pytest
 
+from pippin.core.component import from_text
 from pippin.core.config_tree import override
 from pippin.core.errors import ConfigError
+from pippin.train.hardware.mesh_rules_config import MeshRuleConfig
 from pippin.train.run_directory import RunDirectory
 from pippin.train.toy import toy_config
 
@@ -28,6 +30,16 @@ def test_a_directory_where_nothing_was_trained_takes_another_config(tmp_path: Pa
     other = override(toy_config(), {"learner.learning_rate": 0.5})
     assert not run.claim(other)
     assert run.claim(other)
+
+
+def test_a_run_goes_on_with_another_mesh_and_other_rules_for_it(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.claim(toy_config())
+    run.tokenizer.mkdir()
+    (run.checkpoints / "4").mkdir(parents=True)
+    moved = override(toy_config(), {"mesh.fsdp": 2}).set(mesh_rules=(MeshRuleConfig(accelerators="cpu-*"),))
+    assert run.claimed_by(moved) and run.claim(moved)
+    assert from_text(run.config.read_text()) == moved
 
 
 def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
