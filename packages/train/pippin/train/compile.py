@@ -11,9 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pippin.core.errors import PippinError
 from pippin.layers import configs as _layers  # noqa: F401  so that --set knows every layer by its name
-from pippin.train.launch import EXIT_ERROR, choose_recipe, configure
+from pippin.train.launch import choose_recipe, configure, exit_code
 from pippin.train.recipe import load_file
 
 _EPILOG = """
@@ -27,19 +26,8 @@ Examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 2 for a mistake of the user's, 1 if a step does not fit."""
     args = _parser().parse_args(argv)
-    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the arrays that a build needs live here
-    try:
-        return _run(args)
-    except PippinError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return EXIT_ERROR
-    except OSError as e:
-        print(f"error: {e}. Check the path, the permissions and the room on the disk.", file=sys.stderr)
-        return EXIT_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:

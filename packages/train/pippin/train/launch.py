@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _STARTED = time.monotonic()
@@ -41,10 +41,15 @@ A run that was stopped goes on when the same command is run again. Examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = _parser().parse_args(argv)
+    return exit_code(lambda: _run(args))
+
+
+def exit_code(run: Callable[[], int]) -> int:
+    """What a command returns, run where the user typed it. A mistake of the user's is told in one line."""
     # `bazel run` starts programs elsewhere; paths are relative to where the user typed.
     os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
     try:
-        return _run(args)
+        return run()
     except PippinError as e:
         print(f"error: {e}", file=sys.stderr)
         return EXIT_ERROR

@@ -124,10 +124,7 @@ class Trainer:
     def trace(self) -> jax.stages.Traced:
         """The step before it is compiled, for the devices of the mesh, which need not be there."""
         rows, length = self.cfg.input.batch_size, self.cfg.input.sequence_length
-        batch = {
-            name: jax.ShapeDtypeStruct((rows, length), kind, sharding=self._batch_sharding)
-            for name, kind in _BATCH_DTYPES.items()
-        }
+        batch = abstract_batch(rows, length, self._batch_sharding)
         step = make_step(self.definition, self.learner, self.cfg.learner.microbatches)
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(self._sharding, None))
         with self.on_mesh():
@@ -184,6 +181,14 @@ _BATCH_DTYPES = {
     "segment_ids": jnp.int32,
     "loss_weights": jnp.float32,
 }
+
+
+def abstract_batch(rows: int, length: int, sharding: jax.sharding.Sharding | None = None) -> Batch:
+    """The shapes and dtypes of a batch."""
+    return {  # type: ignore[return-value]
+        name: jax.ShapeDtypeStruct((rows, length), kind, sharding=sharding)
+        for name, kind in _BATCH_DTYPES.items()
+    }
 
 
 def _require_even_batch(cfg: TrainerConfig, mesh: jax.sharding.Mesh) -> None:

@@ -1,6 +1,6 @@
 """Accelerators: what one device of each kind has, and names such as `tpu-v5p-512`. No JAX.
 
-Sources: Google Cloud's pages "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)"; NVIDIA's data sheets of H100 SXM,
+Sources: Google Cloud's pages "TPU v5e", "TPU v5p" and "TPU v6e"; NVIDIA's data sheets of H100 SXM,
 H200 SXM and B200 (dense figures, without sparsity). The clock of a TPU is its peak over the multiplications that its
 matrix units start in a cycle. Links are those inside a slice or node, all of a device together, one way.
 """
@@ -21,7 +21,6 @@ class Device:
     kind: str  # as in names of targets, such as "tpu-v5p"
     memory_bytes: float
     peak_flops: float  # a second, in bfloat16
-    memory_bandwidth: float  # bytes a second
     link_bandwidth: float  # bytes a second to other devices
     clock_hz: float = 0.0  # of a TPU's matrix units
     units_per_device: int = 1  # of what the number in a target's name counts: TensorCores for v5p
@@ -40,7 +39,6 @@ DEVICES = {
             "tpu-v5e",
             16.0 * 2**30,
             197 * _T,
-            819 * _GB,
             200 * _GB,
             1.5e9,
             topology_dims=2,
@@ -51,7 +49,6 @@ DEVICES = {
             "tpu-v5p",
             95.0 * 2**30,
             459 * _T,
-            2765 * _GB,
             600 * _GB,
             1.75e9,
             units_per_device=2,
@@ -63,7 +60,6 @@ DEVICES = {
             "tpu-v6e",
             32.0 * 2**30,
             918 * _T,
-            1640 * _GB,
             448 * _GB,
             1.75e9,
             topology_dims=2,
@@ -74,7 +70,6 @@ DEVICES = {
             "gpu-h100",
             80 * _GB,
             989 * _T,
-            3350 * _GB,
             450 * _GB,
             jax_names=("NVIDIA H100",),
         ),
@@ -82,7 +77,6 @@ DEVICES = {
             "gpu-h200",
             141 * _GB,
             989 * _T,
-            4800 * _GB,
             450 * _GB,
             jax_names=("NVIDIA H200",),
         ),
@@ -90,11 +84,10 @@ DEVICES = {
             "gpu-b200",
             180 * _GB,
             2250 * _T,
-            8000 * _GB,
             900 * _GB,
             jax_names=("NVIDIA B200",),
         ),
-        Device("cpu", 0.0, 0.0, 0.0, 0.0, jax_names=("cpu",)),
+        Device("cpu", 0.0, 0.0, 0.0, jax_names=("cpu",)),
     )
 }
 
@@ -200,4 +193,4 @@ def target_of(device_kind: str, num_devices: int, platform: str) -> Target:
     for device in DEVICES.values():
         if any(device_kind.startswith(name) for name in device.jax_names):
             return Target(device, num_devices)
-    return Target(Device(f"{platform}-other", 0.0, 0.0, 0.0, 0.0), num_devices)
+    return Target(Device(f"{platform}-other", 0.0, 0.0, 0.0), num_devices)

@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from pippin.core.config_tree import transform
@@ -22,6 +21,7 @@ from pippin.train.hardware.flops import Flops, function_flops, matmul_flops
 from pippin.train.hardware.hlo import Profile, read_profile
 from pippin.train.hardware.mesh_rules import Applied, apply_mesh_rules
 from pippin.train.hardware.topology import topology_devices
+from pippin.train.trainer import abstract_batch
 
 # What libtpu says of a program that does not fit: its "temporaries" are all that it needs, arguments included.
 _TOO_LARGE = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\)")
@@ -99,9 +99,8 @@ class Estimate:
             return (
                 "The state alone takes more than half: split it over more devices (SetMesh, a larger fsdp)."
             )
-        rows = self.applied.cfg.input.batch_size / (
-            self.mesh["data"] * self.mesh["fsdp"] * self.applied.cfg.learner.microbatches
-        )
+        cfg = self.applied.cfg
+        rows = cfg.input.batch_size / (cfg.mesh.ways("batch", self.mesh) * cfg.learner.microbatches)
         if rows > 1:
             return f"A microbatch has {rows:g} rows a device: SetAccumulation with fewer rows_per_device."
         return "One row is too long: SetRemat full, or split heads and feed-forwards (SetMesh, tensor)."
@@ -165,12 +164,9 @@ def model_flops(cfg: Any) -> float:
     """
     whole = transform(cfg.model, lambda c: ReferenceKernelConfig() if c.PROVIDES == "attention_kernel" else c)
     definition, params = split(nnx.eval_shape(lambda: whole.build(rngs=nnx.Rngs(0))))
-    shape = (1, cfg.input.sequence_length)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32 if name == "loss_weights" else jnp.int32)
-        for name in ("tokens", "targets", "positions", "segment_ids", "loss_weights")
-    }
-    forward = function_flops(lambda p, b: merge(definition, p).loss(b)[0], params, batch)
+    forward = function_flops(
+        lambda p, b: merge(definition, p).loss(b)[0], params, abstract_batch(1, cfg.input.sequence_length)
+    )
     return 3 * forward.total * cfg.input.batch_size
 
 
