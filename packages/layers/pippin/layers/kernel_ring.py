@@ -228,7 +228,9 @@ def _backward(ring: _Ring, saved: Any, of_out: Array) -> Any:
     new, early = meet(of_q[0], _at(of_keys, 0), _at(queries, 0), _at(keys, 0))
     of_keys, of_q = _put(of_keys, 0, new), _put(of_q, 0, early)
     of_q, of_keys = turn(of_q, of_keys, jnp.zeros((), jnp.int32), keys)
-    (of_q, of_keys, _), _ = jax.lax.scan(body, (of_q, of_keys, keys), jnp.arange(1, ring.size, dtype=jnp.int32))
+    (of_q, of_keys, _), _ = jax.lax.scan(
+        body, (of_q, of_keys, keys), jnp.arange(1, ring.size, dtype=jnp.int32)
+    )
     of_k, of_v = ring.next(of_keys)  # the last step home
     of_sinks = -jnp.sum(jnp.exp(sinks - normaliser) * mean, axis=(0, 1, 2), keepdims=True)
     return of_q.astype(q.dtype), of_k.astype(k.dtype), of_v.astype(v.dtype), of_sinks, (None, None)
