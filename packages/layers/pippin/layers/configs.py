@@ -28,14 +28,19 @@ from pippin.layers.linear_config import (
     GroupedLinearConfig,
     LinearConfig,
     LoRALinearConfig,
+    MatmulType,
     NormalInitConfig,
+    QuantizedLinearConfig,
     lora,
+    quantize_matmuls,
 )
 from pippin.layers.moe_config import MoEConfig, TopKRouterConfig
 from pippin.layers.norm_config import RMSNormConfig
 from pippin.layers.position_config import ALiBiConfig, Llama3ScalingConfig, NoPEConfig, RoPEConfig
 from pippin.layers.stack_config import (
     ParallelTracksConfig,
+    PipelineConfig,
+    PipelineSchedule,
     Remat,
     RepeatConfig,
     SequenceConfig,
@@ -60,11 +65,15 @@ __all__ = [
     "LinearConfig",
     "Llama3ScalingConfig",
     "LoRALinearConfig",
+    "MatmulType",
     "MoEConfig",
     "NoPEConfig",
     "NormalInitConfig",
     "ParallelTracksConfig",
+    "PipelineConfig",
+    "PipelineSchedule",
     "QKNormOrder",
+    "QuantizedLinearConfig",
     "RMSNormConfig",
     "ReferenceKernelConfig",
     "Remat",
@@ -80,4 +89,5 @@ __all__ = [
     "TopKRouterConfig",
     "TransformerLayerConfig",
     "lora",
+    "quantize_matmuls",
 ]

@@ -33,6 +33,7 @@ from pippin.layers.stack_config import (
 _REMAT_POLICIES: dict[Remat, Any] = {
     Remat.FULL: jax.checkpoint_policies.nothing_saveable,
     Remat.SAVE_MATMULS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    Remat.OFFLOAD_MATMULS: jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 
