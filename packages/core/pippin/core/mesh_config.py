@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pippin.core.config import REQUIRED, Config, Required, nearest
 from pippin.core.errors import ShardingError
@@ -26,7 +26,8 @@ LOGICAL_AXES = (
     "tracks",
 )
 
-MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor", "pipeline")
+# From the axis whose devices exchange least to the one that needs the nearest neighbours.
+MESH_AXES = ("pipeline", "data", "fsdp", "expert", "sequence", "tensor")
 
 
 def require_logical_axis(name: str) -> None:
@@ -35,6 +36,14 @@ def require_logical_axis(name: str) -> None:
         raise ShardingError(
             f"unknown logical axis {name!r}{nearest(name, LOGICAL_AXES)}. "
             f"Use one of {', '.join(LOGICAL_AXES)}, or None for a dim that is never split."
+        )
+
+
+def require_mesh_axis(name: str) -> None:
+    """Raises `ShardingError` naming the nearest, unless there is such a mesh axis."""
+    if name not in MESH_AXES:
+        raise ShardingError(
+            f"unknown mesh axis {name!r}{nearest(name, MESH_AXES)}. Use one of {', '.join(MESH_AXES)}."
         )
 
 
@@ -48,22 +57,21 @@ class AxisRuleConfig(Config):
         if self.logical is not REQUIRED:
             require_logical_axis(self.logical)
         for axis in self.mesh:
-            if axis not in MESH_AXES:
-                raise ShardingError(
-                    f"unknown mesh axis {axis!r}{nearest(axis, MESH_AXES)}. Use one of {', '.join(MESH_AXES)}."
-                )
+            require_mesh_axis(axis)
 
 
 def _default_rules() -> tuple[AxisRuleConfig, ...]:
     rules: dict[str, tuple[str, ...]] = {
-        "batch": ("data", "fsdp"),
+        # Devices that hold different experts have different rows too: tokens go to their experts and back.
+        "batch": ("data", "fsdp", "expert"),
         "sequence": ("sequence",),
         "vocab": ("tensor",),
-        "embed": ("fsdp",),
+        "embed": ("fsdp", "expert"),  # of an expert's weight, which "experts" has split before: fsdp alone
         "heads": ("tensor",),
         "kv_heads": ("tensor",),
         "mlp": ("tensor",),
         "experts": ("expert",),
+        "layers": ("pipeline",),
     }
     return tuple(AxisRuleConfig(logical=k, mesh=v) for k, v in rules.items())
 
@@ -72,6 +80,9 @@ class MeshConfig(Config):
     """The devices as a grid. At most one size is -1: all the devices that the others leave.
 
     A logical axis without a rule is not split.
+
+    Devices of several slices (TPU slices, nodes of GPUs, machines of CPUs), between which the network is slow, make
+    a hybrid mesh: the axes in `across` are divided over the slices, in this order, and all others stay inside one.
     """
 
     data: int = -1
@@ -80,6 +91,7 @@ class MeshConfig(Config):
     sequence: int = 1
     tensor: int = 1
     pipeline: int = 1
+    across: tuple[str, ...] = ("data", "pipeline", "fsdp")
     rules: tuple[AxisRuleConfig, ...] = _default_rules()
 
     def validate(self) -> None:
@@ -89,6 +101,8 @@ class MeshConfig(Config):
                 f"MeshConfig got {sizes}: every size must be positive, and at most one -1. "
                 "Write -1 only for the axis that takes the remaining devices."
             )
+        for axis in self.across:
+            require_mesh_axis(axis)
         named = [rule.logical for rule in self.rules]
         twice = sorted({name for name in named if named.count(name) > 1 and name is not REQUIRED})
         if twice:
@@ -132,7 +146,38 @@ class MeshConfig(Config):
         devices = list(jax.devices() if devices is None else devices)
         shape = self.shape(len(devices))
         auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-        return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=auto, devices=devices)
+        slices = len({_slice_of(d) for d in devices})
+        if slices == 1:
+            return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=auto, devices=devices)
+        from jax.experimental.mesh_utils import create_hybrid_device_mesh
+
+        outside = self.shape_across(shape, slices)
+        grid = create_hybrid_device_mesh(
+            [shape[axis] // outside[axis] for axis in MESH_AXES],
+            [outside[axis] for axis in MESH_AXES],
+            devices,
+            process_is_granule=devices[0].platform == "cpu",
+            allow_split_physical_axes=True,
+        )
+        return jax.sharding.Mesh(grid, MESH_AXES, axis_types=auto)
+
+    def shape_across(self, shape: Mapping[str, int], slices: int) -> dict[str, int]:
+        """Into how many parts, of a mesh's shape, each axis lies over several slices.
+
+        Raises:
+            ShardingError: the axes in `across` do not divide the slices.
+        """
+        parts, left = dict.fromkeys(MESH_AXES, 1), slices
+        for axis in self.across:
+            parts[axis] = math.gcd(shape[axis], left)
+            left //= parts[axis]
+        if left > 1:
+            sizes = ", ".join(f"{axis}={shape[axis]}" for axis in self.across)
+            raise ShardingError(
+                f"the devices are of {slices} slices, and the axes that may cross slices ({sizes}) take up "
+                f"{slices // left} of them. Make their product a multiple of {slices}, or name more axes in mesh.across."
+            )
+        return parts
 
     def spec(self, axes: Sequence[str | None]) -> jax.sharding.PartitionSpec:
         """The partition of an array whose dims are these logical axes.
@@ -164,19 +209,34 @@ class MeshConfig(Config):
         """
         from jax.sharding import NamedSharding
 
-        if len(axes) != len(shape):
-            raise ShardingError(
-                f"an array of shape {tuple(shape)} got the logical axes {tuple(axes)}: it has one for each dim. "
-                "Write None for a dim that is never split."
-            )
         spec = self.spec(axes)
-        for axis, size, part in zip(axes, shape, spec, strict=True):
-            split = (part,) if isinstance(part, str) else part or ()  # a PartitionSpec writes one name alone
-            ways = math.prod(mesh.shape[a] for a in split)
-            if size % ways:
-                raise ShardingError(
-                    f"a dim of {size} on the logical axis {axis!r} cannot be split {ways} ways, over the mesh axes "
-                    f"{', '.join(split)} (the array's shape is {tuple(shape)}). Make the dim a multiple of {ways}, "
-                    "make the mesh smaller, or change the rule of the axis."
-                )
+        require_even(mesh.shape, spec, axes, shape)
         return NamedSharding(mesh, spec)
+
+
+def require_even(
+    mesh: Mapping[str, int],
+    spec: jax.sharding.PartitionSpec,
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+) -> None:
+    """Raises `ShardingError` unless a mesh of some sizes divides every dim of an array that it splits."""
+    if len(axes) != len(shape):
+        raise ShardingError(
+            f"an array of shape {tuple(shape)} got the logical axes {tuple(axes)}: it has one for each dim. "
+            "Write None for a dim that is never split."
+        )
+    for axis, size, part in zip(axes, shape, spec, strict=True):
+        split = (part,) if isinstance(part, str) else part or ()  # a PartitionSpec writes one name alone
+        ways = math.prod(mesh[a] for a in split)
+        if size % ways:
+            raise ShardingError(
+                f"a dim of {size} on the logical axis {axis!r} cannot be split {ways} ways, over the mesh axes "
+                f"{', '.join(split)} (the array's shape is {tuple(shape)}). Make the dim a multiple of {ways}, "
+                "make the mesh smaller, or change the rule of the axis."
+            )
+
+
+def _slice_of(device: Any) -> int:
+    """Which of the groups with fast links a device is in: for CPUs, its process."""
+    return device.process_index if device.platform == "cpu" else getattr(device, "slice_index", 0) or 0

@@ -74,8 +74,9 @@ def add_metric(name: str, value: Array) -> None:
     Raises:
         PippinError: the value is no scalar.
     """
-    _add("sums", name, _scalar("add_metric", name, value))
-    _add("counts", name, jnp.ones((), jnp.float32))
+    scalar = _scalar("add_metric", name, value)
+    _add("sums", name, scalar)
+    _add("counts", name, jnp.ones_like(scalar))
 
 
 def add_collected(inner: Outputs) -> None:

@@ -14,6 +14,8 @@ from pippin.core.sharding import (
     constrain,
     mesh_in_use,
     num_shards,
+    on_shards,
+    shard_spec,
     use_mesh,
 )
 
@@ -74,13 +76,16 @@ def test_make_uses_the_devices_that_it_is_given():
 
 def test_rules_say_which_mesh_axes_split_a_dim():
     cfg = MeshConfig()
-    assert cfg.spec(("embed", "mlp")) == PartitionSpec(("fsdp",), ("tensor",))
-    assert cfg.spec(("batch", "sequence", None)) == PartitionSpec(("data", "fsdp"), ("sequence",), None)
-    assert cfg.spec(("layers", None)) == PartitionSpec(None, None)
+    assert cfg.spec(("embed", "mlp")) == PartitionSpec(("fsdp", "expert"), ("tensor",))
+    assert cfg.spec(("batch", "sequence", None)) == PartitionSpec(
+        ("data", "fsdp", "expert"), ("sequence",), None
+    )
+    assert cfg.spec(("tracks", None)) == PartitionSpec(None, None)
 
 
 def test_a_mesh_axis_splits_one_dim_of_an_array():
-    assert MeshConfig().spec(("batch", "embed")) == PartitionSpec(("data", "fsdp"), None)
+    assert MeshConfig().spec(("batch", "embed")) == PartitionSpec(("data", "fsdp", "expert"), None)
+    assert MeshConfig().spec(("experts", "embed")) == PartitionSpec(("expert",), ("fsdp",))
 
 
 def test_a_rule_can_be_changed_in_a_recipe():
@@ -97,7 +102,7 @@ def test_unknown_axes_name_the_nearest():
     with pytest.raises(ShardingError, match=r"unknown logical axis 'embd'"):
         AxisRuleConfig(logical="embd")
     with pytest.raises(
-        ShardingError, match=r"unknown mesh axis 'tensr' \(did you mean 'tensor'\?\)\. Use one of data,"
+        ShardingError, match=r"unknown mesh axis 'tensr' \(did you mean 'tensor'\?\)\. Use one of pipeline,"
     ):
         AxisRuleConfig(logical="mlp", mesh=("tensr",))
     with pytest.raises(ShardingError, match=r"unknown logical axis 'sequnce'"):
@@ -185,3 +190,76 @@ def test_the_parts_of_a_tensor_are_the_devices_of_all_its_axes(eight_devices: No
         assert num_shards("batch", "sequence") == 8
         assert num_shards("batch") == 4
         assert num_shards("heads") == 1
+
+
+# Parts
+
+
+def test_on_shards_calls_the_function_itself_where_nothing_is_split():
+    assert on_shards(jnp.sum, (None,), None) is jnp.sum
+
+
+@pytest.mark.usefixtures("eight_devices")
+def test_a_function_sees_the_parts_over_its_axes_and_the_compiler_splits_the_rest():
+    cfg = MeshConfig(data=2, sequence=2, tensor=2)
+    shapes = []
+
+    def inner(x):
+        shapes.append(x.shape)
+        return x + jax.lax.axis_index("tensor").astype(x.dtype)
+
+    def outer(x):
+        shapes.append(x.shape)
+        assert (num_shards("sequence"), num_shards("heads")) == (1, 2)
+        x = constrain(x * 2.0, "batch", "sequence", "heads")
+        spec = shard_spec(("batch", "sequence", "heads"), over=("tensor",))
+        x = on_shards(inner, (spec,), spec, over=("tensor",))(x)
+        return jax.lax.psum(x, "sequence")
+
+    with use_mesh(cfg, cfg.make()):
+        spec = shard_spec(("batch", "sequence", None), over=("sequence",))
+        y = jax.jit(on_shards(outer, (spec,), PartitionSpec(), over=("sequence",)))(jnp.ones((4, 6, 8)))
+    assert shapes[:2] == [(4, 3, 8), (4, 3, 4)]
+    assert y.shape == (4, 3, 8)
+    assert float(y[0, 0, 0]) == 4.0 and float(y[0, 0, -1]) == 6.0
+
+
+# Hybrid meshes
+
+
+def test_axes_cross_slices_in_the_order_that_the_config_names():
+    cfg = MeshConfig(data=2, fsdp=8, tensor=2)
+    across = cfg.shape_across(cfg.shape(32), 8)
+    assert (across["data"], across["fsdp"], across["tensor"]) == (2, 4, 1)
+    cfg = override(cfg, {"across": "fsdp"})
+    assert cfg.shape_across(cfg.shape(32), 8)["fsdp"] == 8
+
+
+def test_a_mesh_whose_axes_cannot_cross_the_slices_is_refused():
+    cfg = MeshConfig(data=1, fsdp=2, tensor=-1)
+    message = (
+        r"of 4 slices, and the axes that may cross slices \(data=1, pipeline=1, fsdp=2\) take up 2 of them"
+    )
+    with pytest.raises(ShardingError, match=message):
+        cfg.shape_across(cfg.shape(8), 4)
+    with pytest.raises(ShardingError, match=r"unknown mesh axis 'tensr'"):
+        MeshConfig(across=("tensr",))
+
+
+class _Device:
+    """A TPU's, as a topology describes it."""
+
+    platform, device_kind, process_index, core_on_chip = "tpu", "TPU v5e of a test", 0, 0
+
+    def __init__(self, index: int):
+        self.id, self.slice_index = index, index // 4
+        self.coords = (index % 2, index // 2 % 2, 0)
+
+    def __repr__(self) -> str:
+        return f"{self.slice_index}.{self.id % 4}"
+
+
+def test_a_hybrid_mesh_keeps_the_devices_of_a_slice_together():
+    mesh = MeshConfig(data=2, fsdp=2, tensor=2).make([_Device(i) for i in range(8)])  # pyright: ignore[reportArgumentType]
+    grid = mesh.devices.reshape(2, 2, 2)  # data, fsdp, tensor
+    assert [[d.slice_index for d in part.flat] for part in grid] == [[0] * 4, [1] * 4]

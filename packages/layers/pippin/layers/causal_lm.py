@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -13,6 +14,8 @@ from pippin.core.sharding import constrain, num_shards
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.context import Cache, Context
 from pippin.layers.loss import chunked_cross_entropy
+from pippin.layers.pipeline import Finish
+from pippin.layers.stack import Repeat
 
 
 class CausalLM(Module):
@@ -43,8 +46,8 @@ class CausalLM(Module):
         """The logits of the token after each token. Positions count from 0 unless given."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-        hidden, _ = self._hidden(tokens, Context(positions, segment_ids), None)
-        return self._logits(self._head(), hidden)
+        decoded = self.decoder(self._embedded(tokens), Context(positions, segment_ids)).x
+        return self._logits(self._head(), self.norm(decoded))
 
     def loss(self, batch: Batch) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The mean loss of a batch over the weight of its targets, in nats, and metrics.
@@ -54,33 +57,29 @@ class CausalLM(Module):
         many targets count), and those that layers report. Where no target counts, the
         first three are 0; what layers report is of all tokens, padding included.
         """
-        with collect() as outputs:
-            ctx = Context(batch["positions"], batch["segment_ids"])
-            hidden, _ = self._hidden(batch["tokens"], ctx, None)
-        definition, params = split(self._head())
-
-        def head(params: Any, hidden: Array) -> Array:
-            return self._logits(merge(definition, params), hidden)
-
-        total, sums = chunked_cross_entropy(
-            head,
-            params,
-            hidden,
-            batch["targets"],
-            batch["loss_weights"],
-            chunk=self.loss_chunk_tokens * num_shards("batch", "sequence"),
-            z_loss=self.z_loss,
-        )
+        ctx = Context(batch["positions"], batch["segment_ids"])
         weight = jnp.sum(batch["loss_weights"])
         divisor = jnp.where(weight > 0, weight, 1.0)
+        finish, params = self._finish()
+        if self._pipelined() and self.decoder.makes_loss:
+            of_tokens = batch["targets"], batch["loss_weights"] / divisor
+            loss, sums, outputs = self.decoder.loss(
+                self._embedded(batch["tokens"]), ctx, finish, params, of_tokens
+            )
+        else:
+            with collect() as outputs:
+                decoded = self.decoder(self._embedded(batch["tokens"]), ctx).x
+            total, sums = finish(params, decoded, (batch["targets"], batch["loss_weights"]))
+            loss = total / divisor + outputs.total_loss().astype(total.dtype)
+            sums = jax.tree.map(lambda s: s / divisor, sums)
         metrics = {
-            "cross_entropy": sums.cross_entropy / divisor,
-            "z_loss": self.z_loss * sums.squared_normaliser / divisor,
-            "accuracy": sums.correct / divisor,
+            "cross_entropy": sums.cross_entropy,
+            "z_loss": self.z_loss * sums.squared_normaliser,
+            "accuracy": sums.correct,
             "weight": weight,
             **outputs.means(),
         }
-        return total / divisor + outputs.total_loss(), metrics
+        return loss, metrics
 
     def init_cache(self, batch_size: int, max_len: int) -> Cache:
         """An empty cache for sequences of up to `max_len` tokens."""
@@ -97,16 +96,40 @@ class CausalLM(Module):
         """
         steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         positions = cache["lengths"][:, None] + steps
-        hidden, layers = self._hidden(tokens, Context(positions, last_only=last_only), cache["decoder"])
-        if last_only:
-            hidden = hidden[:, -1:]
-        cache = {"lengths": cache["lengths"] + tokens.shape[1], "decoder": layers}
-        return self._logits(self._head(), hidden), cache
+        ctx = Context(positions, last_only=last_only)
+        out = self.decoder(self._embedded(tokens), ctx, cache["decoder"])
+        decoded = out.x[:, -1:] if last_only else out.x
+        cache = {"lengths": cache["lengths"] + tokens.shape[1], "decoder": out.cache}
+        return self._logits(self._head(), self.norm(decoded)), cache
 
-    def _hidden(self, tokens: Array, ctx: Context, cache: Cache) -> tuple[Array, Cache]:
-        x = constrain(self.embedding(tokens, self.dtype), "batch", "sequence", None)
-        out = self.decoder(x, ctx, cache)
-        return self.norm(out.x), out.cache
+    def _embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return constrain(self.embedding(tokens, self.dtype), "batch", "sequence", None)
+
+    def _finish(self) -> tuple[Finish, Any]:
+        """What makes a loss of the decoder's result, as a pure function, and its parameters.
+
+        Its other argument is (targets, weights). Losses and sums are of all tokens, each times its weight.
+        """
+        (norm, norm_params), (head, head_params) = split(self.norm), split(self._head())
+        shards = num_shards("batch", "sequence") * (num_shards("layers") if self._pipelined() else 1)
+
+        def logits(params: Any, hidden: Array) -> Array:
+            return self._logits(merge(head, params), hidden)
+
+        def finish(params: Any, decoded: Array, of_tokens: tuple[Array, Array]) -> Any:
+            return chunked_cross_entropy(
+                logits,
+                params[1],
+                merge(norm, params[0])(decoded),
+                *of_tokens,
+                chunk=self.loss_chunk_tokens * shards,
+                z_loss=self.z_loss,
+            )
+
+        return finish, (norm_params, head_params)
+
+    def _pipelined(self) -> bool:
+        return isinstance(self.decoder, Repeat) and self.decoder.is_pipeline
 
     def _head(self) -> Module:
         return self.embedding if self.head is None else self.head

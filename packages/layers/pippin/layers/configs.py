@@ -18,6 +18,7 @@ from pippin.layers.kernel_config import (
     BlockwiseKernelConfig,
     CuDNNKernelConfig,
     ReferenceKernelConfig,
+    RingKernelConfig,
     SelectKernelConfig,
     SplashKernelConfig,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "ReferenceKernelConfig",
     "Remat",
     "RepeatConfig",
+    "RingKernelConfig",
     "RoPEConfig",
     "SelectKernelConfig",
     "SequenceConfig",

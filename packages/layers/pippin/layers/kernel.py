@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pippin.core.module import Module
-from pippin.core.sharding import mesh_in_use, num_shards
+from pippin.core.sharding import mesh_in_use, num_shards, shard_spec
 from pippin.layers.context import Context, KeyValues
 from pippin.layers.kernel_config import AttentionShape, BlockwiseKernelConfig, ReferenceKernelConfig
 from pippin.layers.precision import at_least_float32
@@ -53,6 +54,16 @@ def attention_shape(
         sequence_shards=num_shards("sequence"),
         head_shards=num_shards("heads"),
         kv_head_shards=num_shards("kv_heads"),
+    )
+
+
+def attention_specs() -> tuple[PartitionSpec, PartitionSpec, PartitionSpec, PartitionSpec]:
+    """How the mesh in use splits queries, keys or values, tokens ([B, T]), and what there is one of for each head."""
+    return (
+        shard_spec(("batch", "sequence", "heads", None)),
+        shard_spec(("batch", "sequence", "kv_heads", None)),
+        shard_spec(("batch", "sequence")),
+        shard_spec(("heads",)),
     )
 
 

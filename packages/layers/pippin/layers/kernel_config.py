@@ -106,7 +106,7 @@ class SplashKernelConfig(
             (shape.has_bias, "it adds no bias to logits"),
             (
                 shape.sequence_shards > 1,
-                f"the mesh splits sequences {shape.sequence_shards} ways, which needs ring attention",
+                f"the mesh splits sequences {shape.sequence_shards} ways, which RingKernel is for",
             ),
             (
                 shape.head_shards != shape.kv_head_shards,
@@ -156,7 +156,36 @@ class CuDNNKernelConfig(
             (shape.has_sinks, "it has no sinks"),
             (
                 shape.sequence_shards > 1,
-                f"the mesh splits sequences {shape.sequence_shards} ways, which needs ring attention",
+                f"the mesh splits sequences {shape.sequence_shards} ways, which RingKernel is for",
+            ),
+        )
+
+
+class RingKernelConfig(
+    AttentionKernelConfig,
+    implementation="pippin.layers.kernel_ring:RingKernel",
+    provides="attention_kernel",
+):
+    """Attention over sequences that the mesh splits: keys and values go round the devices, and no device has all."""
+
+    block_size: int = 512  # queries of a device that meet its keys at a time
+
+    def validate(self) -> None:
+        if self.block_size < 1:
+            raise ConfigError(f"RingKernel: block_size ({self.block_size}) must be at least 1.")
+
+    def supports(self, shape: AttentionShape) -> str:
+        return _first(
+            (shape.sequence_shards == 1, "no mesh splits the sequences"),
+            (not shape.aligned, "keys are not those of the queries' tokens, as with a cache"),
+            (
+                shape.query_length % (2 * shape.sequence_shards) != 0,
+                f"{shape.query_length} tokens are no multiple of {2 * shape.sequence_shards}, twice the devices of a ring",
+            ),
+            (shape.has_bias, "it adds no bias to logits"),
+            (
+                shape.head_shards != shape.kv_head_shards,
+                f"the mesh splits query heads {shape.head_shards} ways and key heads {shape.kv_head_shards} ways",
             ),
         )
 
@@ -171,6 +200,7 @@ class SelectKernelConfig(
     kernels: tuple[Annotated[Config, Slot("attention_kernel")], ...] = (
         SplashKernelConfig(),
         CuDNNKernelConfig(),
+        RingKernelConfig(),
         BlockwiseKernelConfig(),
     )
 

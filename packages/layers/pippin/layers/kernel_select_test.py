@@ -22,6 +22,7 @@ from pippin.layers.kernel_config import (
     BlockwiseKernelConfig,
     CuDNNKernelConfig,
     ReferenceKernelConfig,
+    RingKernelConfig,
     SelectKernelConfig,
     SplashKernelConfig,
     choose,
@@ -56,7 +57,7 @@ def _because(shape: AttentionShape, change: dict[str, Any], cfg: Any) -> str:
         ({"dtype": "float64"}, "it computes in float32 or bfloat16, not float64"),
         ({"head_dim": 512}, "head_dim (512) is above 256"),
         ({"has_bias": True}, "it adds no bias to logits"),
-        ({"sequence_shards": 4}, "the mesh splits sequences 4 ways, which needs ring attention"),
+        ({"sequence_shards": 4}, "the mesh splits sequences 4 ways, which RingKernel is for"),
         ({"head_shards": 2}, "the mesh splits query heads 2 ways and key heads 1 ways"),
     ],
 )
@@ -87,7 +88,7 @@ def test_splash_has_windows_caps_and_sinks_and_any_small_head():
         ({"soft_cap": 2.0}, "it has no soft cap"),
         ({"has_bias": True}, "a bias for each head would fill T times S of memory"),
         ({"has_sinks": True}, "it has no sinks"),
-        ({"sequence_shards": 2}, "the mesh splits sequences 2 ways, which needs ring attention"),
+        ({"sequence_shards": 2}, "the mesh splits sequences 2 ways, which RingKernel is for"),
     ],
 )
 def test_cudnn_says_what_it_cannot_serve(change, reason):
@@ -100,8 +101,9 @@ def test_cudnn_says_what_it_cannot_serve(change, reason):
     [
         ({}, SplashKernelConfig, []),
         ({"platform": "gpu"}, CuDNNKernelConfig, ["SplashKernel"]),
-        ({"platform": "cpu"}, BlockwiseKernelConfig, ["SplashKernel", "CuDNNKernel"]),
-        ({"aligned": False}, BlockwiseKernelConfig, ["SplashKernel", "CuDNNKernel"]),
+        ({"platform": "cpu"}, BlockwiseKernelConfig, ["SplashKernel", "CuDNNKernel", "RingKernel"]),
+        ({"aligned": False}, BlockwiseKernelConfig, ["SplashKernel", "CuDNNKernel", "RingKernel"]),
+        ({"sequence_shards": 2}, RingKernelConfig, ["SplashKernel", "CuDNNKernel"]),
     ],
 )
 def test_the_first_kernel_that_supports_the_call_is_chosen(change, expected, passed_over):

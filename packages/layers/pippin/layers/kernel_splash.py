@@ -8,9 +8,9 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Float, Int
 
 from pippin.core.module import Module
-from pippin.core.sharding import mesh_in_use
+from pippin.core.sharding import on_shards
 from pippin.layers.context import Context, KeyValues
-from pippin.layers.kernel import Logits, attention_shape
+from pippin.layers.kernel import Logits, attention_shape, attention_specs
 from pippin.layers.kernel_config import SplashKernelConfig, choose
 
 _PADDING = -1  # the segment of tokens without a position: nothing else attends to them
@@ -49,18 +49,9 @@ class SplashKernel(Module):
         def attend(*args: Array) -> Array:
             return self._attend(*args, window=logits.window, soft_cap=logits.soft_cap)
 
-        active = mesh_in_use()
-        if active is None or active[1].size == 1:
-            return attend(*args, *sinks)
-        cfg, mesh = active
-        heads = cfg.spec(("batch", "sequence", "heads", None))
-        kv_heads = cfg.spec(("batch", "sequence", "kv_heads", None))
-        tokens = cfg.spec(("batch", "sequence"))
-        specs = (heads, kv_heads, kv_heads, tokens, tokens, cfg.spec(("heads",)))
-        split = jax.shard_map(
-            attend, mesh=mesh, in_specs=specs[: 5 + len(sinks)], out_specs=heads, check_vma=False
-        )
-        return split(*args, *sinks)
+        heads, kv_heads, tokens, head = attention_specs()
+        specs = (heads, kv_heads, kv_heads, tokens, tokens, head)
+        return on_shards(attend, specs[: 5 + len(sinks)], heads)(*args, *sinks)
 
     def _attend(
         self,

@@ -17,10 +17,12 @@ from pippin.core.config import Config
 from pippin.core.errors import ConfigError
 from pippin.core.module import Module, Params, merge, split
 from pippin.core.outputs import Outputs, add_collected, add_stacked, collect
-from pippin.core.sharding import constrain
+from pippin.core.sharding import constrain, num_shards
 from pippin.layers.context import Cache, Context, LayerOutput
+from pippin.layers.pipeline import Finish, Pipeline, Rows
 from pippin.layers.stack_config import (
     ParallelTracksConfig,
+    PipelineSchedule,
     Remat,
     RepeatConfig,
     SequenceConfig,
@@ -86,13 +88,17 @@ class Sequence(Module):
 
 
 class Repeat(Module):
-    """Runs one layer n times by a scan over its stacked parameters: compile time does not grow with n."""
+    """Runs one layer n times by a scan over its stacked parameters: compile time does not grow with n.
+
+    On a mesh that splits layers, with a config of a pipeline, its devices share the layers instead.
+    """
 
     Config = RepeatConfig
 
     def __init__(self, cfg: RepeatConfig, *, rngs: nnx.Rngs):
         self.layer = _build_stacked(cfg.layer.set(input_dim=cfg.input_dim), cfg.num_layers, "layers", rngs)
         self.num_layers, self.remat, self.unroll = cfg.num_layers, cfg.remat, cfg.unroll
+        self.pipeline = cfg.pipeline
 
     def init_cache(self, batch_size: int, max_len: int, dtype: jnp.dtype) -> Cache:
         """An empty cache of each layer, stacked."""
@@ -101,6 +107,10 @@ class Repeat(Module):
     def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
         run, params = _pure(self.layer, self.remat, in_loop=self.unroll < self.num_layers)
         ctx = dataclasses.replace(ctx, last_only=False)  # the next layer reads every position
+        if cache is None and self.is_pipeline:
+            x, outputs = self._pipeline(run, x, ctx)(params, x, jax.tree.leaves(ctx))
+            add_collected(outputs)
+            return LayerOutput(x, None)
 
         def body(x: Array, of_layer: Any) -> Any:
             params, cache = of_layer
@@ -110,6 +120,36 @@ class Repeat(Module):
         x, (cache, outputs) = jax.lax.scan(body, x, (params, cache), unroll=self.unroll)
         add_stacked(outputs)
         return LayerOutput(x, cache)
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether the devices of the mesh in use share the layers."""
+        return self.pipeline is not None and num_shards("layers") > 1
+
+    @property
+    def makes_loss(self) -> bool:
+        """Whether `loss` is how to train it on the mesh in use."""
+        return self.is_pipeline and self.pipeline.schedule is PipelineSchedule.ONE_F_ONE_B
+
+    def loss(
+        self, x: Float[Array, "B T D"], ctx: Context, finish: Finish, finish_params: Any, of_tokens: Any
+    ) -> tuple[Float[Array, ""], Any, Outputs]:
+        """What `finish` makes of the result plus what layers report, sums for the log, and the reports.
+
+        For schedules that begin a microbatch's backward pass before others have gone forward: see `Pipeline.loss`.
+        """
+        run, params = _pure(self.layer, self.remat, in_loop=True)
+        pipeline = self._pipeline(run, x, ctx)
+        return pipeline.loss(params, x, jax.tree.leaves(ctx), finish, finish_params, of_tokens)
+
+    def _pipeline(self, run: "Run", x: Float[Array, "B T D"], ctx: Context) -> Pipeline:
+        of_ctx = jax.tree.structure(ctx)
+
+        def layer(params: Params, x: Array, rows: Rows) -> tuple[Array, Outputs]:
+            out, outputs = run(params, x, jax.tree.unflatten(of_ctx, rows), None)
+            return out.x, outputs
+
+        return Pipeline.of(self.pipeline, self.num_layers, x.shape[0], layer)
 
 
 class SharedKVStack(Module):

@@ -27,6 +27,27 @@ class Remat(enum.StrEnum):
     SAVE_MATMULS = "save_matmuls"  # everything but the results of products with weights
 
 
+class PipelineSchedule(enum.StrEnum):
+    """In which order the devices of a pipeline work on microbatches."""
+
+    GPIPE = "gpipe"  # all forward, then all backward
+    ONE_F_ONE_B = (
+        "1f1b"  # backward as soon as a microbatch has gone through: less memory, and stages computed again
+    )
+
+
+class PipelineConfig(Config):
+    """How the devices of the mesh's pipeline axis share a stack of layers. Without such an axis, it changes nothing."""
+
+    schedule: PipelineSchedule = PipelineSchedule.ONE_F_ONE_B
+    microbatches: Required[int] = REQUIRED  # a multiple of the devices
+    rounds: int = 1  # stages a device: more wait less, and send more (interleaved)
+
+    def validate(self) -> None:
+        _require_at_least(self, "microbatches", 1)
+        _require_at_least(self, "rounds", 1)
+
+
 class RepeatConfig(Config, implementation="pippin.layers.stack:Repeat", provides="layer"):
     """One layer n times, each with parameters of its own, compiled once by a scan."""
 
@@ -35,6 +56,7 @@ class RepeatConfig(Config, implementation="pippin.layers.stack:Repeat", provides
     num_layers: Required[int] = REQUIRED
     remat: Remat = Remat.NONE
     unroll: int = 1  # how many layers one turn of the scan's loop holds
+    pipeline: PipelineConfig | None = None  # None: a pipeline axis of the mesh only splits the parameters
 
     def validate(self) -> None:
         _require_at_least(self, "num_layers", 1)
