@@ -62,6 +62,9 @@ def details(e: Estimate) -> str:
         f"  time: {e.compiled_s:.3g} s of what XLA compiled ({source}), {e.kernels_s:.3g} s of kernels (every block, "
         f"at the peak), {e.link_s:.3g} s of transfers (at full speed)"
     )
+    lines.append(
+        f"  memory read and written: {e.profile.moved_bytes / 1e12:.3g} TB by each device, less kernels"
+    )
     for c in e.profile.collectives:
         lines.append(
             f"    {c.kind:<20} over {c.axes:<12} groups of {c.group_size:<5} {c.times:>6} times  "

@@ -7,9 +7,13 @@ its memory. What no program reaches counts as reached, so that a real step is sl
 from __future__ import annotations
 
 import math
+import re
 
+from pippin.train.hardware.collectives import is_collective
 from pippin.train.hardware.device import Device
 from pippin.train.hardware.hlo import Instruction, Program, Step, array_bytes, attribute, dims, elements
+
+_ON_CHIP = re.compile(r"[a-z]+\d*\[[\d,]*\]\{[^{}]*S\([1-9]\d*\)[^{}]*\}")
 
 # What does no work of its own: names for values, control, and transfers, which are counted elsewhere.
 _FREE = (
@@ -22,19 +26,22 @@ _WRITES_A_PART = {"dynamic-update-slice": 1, "scatter": 2}  # -> which operand i
 
 def seconds(program: Program, step: Step, device: Device) -> float:
     """One run of an instruction; 0 for kernels of cuDNN, whose work is counted by what they were asked for."""
-    instruction = step.instruction
-    if (
-        instruction.opcode in _FREE
-        or instruction.opcode.endswith("-done")
-        or "__cudnn$fmha" in instruction.rest
-    ):
-        return 0.0
     if device.gpu is None:
         raise ValueError(f"{device.kind} is no GPU.")
+    if "__cudnn$fmha" in step.instruction.rest:
+        return 0.0
     return max(
-        _matmul_seconds(program, step.inside, instruction, device.peak_flops),
-        _moved_bytes(program, step.inside, instruction) / device.gpu.memory_bandwidth,
+        _matmul_seconds(program, step.inside, step.instruction, device.peak_flops),
+        moved_bytes(program, step) / device.gpu.memory_bandwidth,
     )
+
+
+def moved_bytes(program: Program, step: Step) -> float:
+    """What one run of an instruction reads and writes of the device's memory; transfers do not count."""
+    instruction = step.instruction
+    if instruction.opcode in _FREE or instruction.opcode.endswith("-done") or is_collective(instruction):
+        return 0.0
+    return _moved_bytes(program, step.inside, instruction)
 
 
 def _matmul_seconds(program: Program, inside: str, instruction: Instruction, peak: float) -> float:
@@ -60,6 +67,8 @@ def _matmul_seconds(program: Program, inside: str, instruction: Instruction, pea
 def _moved_bytes(program: Program, inside: str, instruction: Instruction) -> float:
     """What an instruction reads and writes. Of an array of which it needs a part, or changes one in place, the part."""
     operands = [_shape(program, inside, name) for name in instruction.operands]
+    if instruction.opcode == "copy-start":
+        return _total(*elements(instruction.shape)[:2])  # to, and from
     if instruction.opcode != "fusion":
         if instruction.opcode in _WRITES_A_PART:
             return 2.0 * sum(array_bytes(operands[_WRITES_A_PART[instruction.opcode]]))
@@ -111,4 +120,5 @@ def _shape(program: Program, inside: str, name: str) -> str:
 
 
 def _total(*shapes: str) -> float:
-    return float(sum(sum(array_bytes(shape)) for shape in shapes))
+    """The bytes of arrays in the device's memory: not those that a TPU holds on its chip."""
+    return float(sum(sum(array_bytes(_ON_CHIP.sub("", shape))) for shape in shapes))
