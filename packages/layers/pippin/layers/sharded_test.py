@@ -53,6 +53,8 @@ MESHES = {
     "fsdp and tensor": MeshConfig(data=1, fsdp=2, tensor=2),
     "sequence": MeshConfig(data=2, sequence=2),
     "expert": MeshConfig(data=1, expert=4),
+    "expert and tensor": MeshConfig(data=1, expert=2, tensor=2),
+    "expert and sequence": MeshConfig(data=1, expert=2, sequence=2),
 }
 
 
@@ -74,7 +76,8 @@ def _lowered(cfg: configs.CausalLMConfig, mesh_config: MeshConfig) -> tuple[Any,
 
 @pytest.mark.parametrize(
     "cfg, mesh",
-    [(_LM, "data"), (_LM, "fsdp and tensor"), (_LM, "sequence"), (_MOE, "data"), (_MOE, "expert")],
+    [(_LM, "data"), (_LM, "fsdp and tensor"), (_LM, "sequence"), (_MOE, "data"), (_MOE, "expert")]
+    + [(_MOE, "expert and tensor"), (_MOE, "expert and sequence")],
 )
 def test_a_mesh_changes_no_number(cfg, mesh):
     step, params, batch = _lowered(cfg, MESHES[mesh])
@@ -130,6 +133,13 @@ def test_splash_attention_is_not_chosen_where_the_mesh_splits_queries_and_not_th
     assert "query heads 2 ways and key heads 1 ways" in configs.SplashKernelConfig(interpret=True).supports(
         shape
     )
+
+
+def test_tokens_go_to_their_experts_and_no_expert_to_the_tokens():
+    step, _, _ = _lowered(_MOE, MESHES["expert"])
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", step.as_text())
+    # Of 32 tokens of 8 numbers on 4 devices, and experts of 8 x 32 numbers that stay where they are.
+    assert gathered and not [shape for shape in gathered if shape.startswith("4,")]
 
 
 def _logits(program: str) -> set[int]:
