@@ -64,7 +64,9 @@ def compile_step(shape: Decoder, devices: Sequence[Any], options: Mapping[str, A
 
     out = jax.tree.map(lambda x: x.sharding, (params, moments))
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*out, None))
-    return jitted.lower(params, moments, batch).compile(compiler_options=dict(options))
+    with jax.numpy_dtype_promotion("standard"):  # which optax relies on
+        lowered = jitted.lower(params, moments, batch)
+    return lowered.compile(compiler_options=dict(options))
 
 
 def _parameters(shape: Decoder) -> dict[str, tuple[tuple[int, ...], P]]:
