@@ -14,8 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from benchmarks.plain_decoder import Decoder, compile_step
+
+if TYPE_CHECKING:
+    from pippin.train.hardware.profile import Profile
+    from pippin.train.trainer_config import TrainerConfig
 
 SHAPE = Decoder(
     num_layers=16,
@@ -76,10 +81,7 @@ def compare(shape: Decoder, target_name: str) -> tuple[Compiled, Compiled]:
     )
 
 
-def _compiled(profile: object, kernels_s: float, temporary_bytes: float, compile_s: float) -> Compiled:
-    from pippin.train.hardware.profile import Profile
-
-    assert isinstance(profile, Profile)
+def _compiled(profile: Profile, kernels_s: float, temporary_bytes: float, compile_s: float) -> Compiled:
     return Compiled(
         step_s=profile.compiled_s + kernels_s + profile.link_s,
         moved_bytes=profile.moved_bytes,
@@ -89,7 +91,7 @@ def _compiled(profile: object, kernels_s: float, temporary_bytes: float, compile
     )
 
 
-def _config(shape: Decoder) -> object:
+def _config(shape: Decoder) -> TrainerConfig:
     from pippin.core.config_tree import override
     from pippin.layers.models.llama import llama
     from pippin.layers.position_config import RoPEConfig
