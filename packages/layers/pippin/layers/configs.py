@@ -21,6 +21,7 @@ from pippin.layers.kernel_config import (
     RingKernelConfig,
     SelectKernelConfig,
     SplashKernelConfig,
+    TritonKernelConfig,
 )
 from pippin.layers.linear_config import (
     EmbeddingConfig,
@@ -79,5 +80,6 @@ __all__ = [
     "SplashKernelConfig",
     "TopKRouterConfig",
     "TransformerLayerConfig",
+    "TritonKernelConfig",
     "lora",
 ]
