@@ -128,7 +128,7 @@ def py_tests(name, srcs, **kwargs):
 
 # buildifier: disable=unnamed-macro
 def all_modules(folders = []):
-    """The last line of a BUILD file: the target :all_modules, all that the folder ships.
+    """The last line of a BUILD file: the target :all_modules, all that the folder ships, less what is tagged manual.
 
     The package's wheel holds it, and its types_test reads it. A test that builds configs,
     which name their implementations by string, has it in its `test_data`.
@@ -140,7 +140,7 @@ def all_modules(folders = []):
     modules = [
         name
         for name, rule in native.existing_rules().items()
-        if rule["kind"] in ["py_library", "_py_binary"] and not rule.get("testonly")
+        if rule["kind"] in ["py_library", "_py_binary"] and not rule.get("testonly") and "manual" not in rule.get("tags", [])
     ]
     py_library(
         name = "all_modules",

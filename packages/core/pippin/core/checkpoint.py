@@ -19,11 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from pippin.core import checkpoint_arrays, manifest
+from pippin.core import checkpoint_arrays, manifest, processes
 from pippin.core.checkpoint_arrays import PyTree
 from pippin.core.checkpoint_config import CheckpointerConfig
 from pippin.core.checkpoint_steps import COMPONENT_FILE, EXTRA_FOLDER, CheckpointSteps, read_step
@@ -33,7 +31,6 @@ from pippin.core.errors import CheckpointError
 from pippin.core.manifest import DamageError
 from pippin.v1 import model_pb2 as pb
 
-_PROBLEM_BYTES = 4096  # of the text that a process tells the others of damage
 _PART = "part-{}.binpb"  # what one process of several wrote
 _EXTRA_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
@@ -100,14 +97,12 @@ class Checkpointer:
         self._recipe = recipe
         self._parameters = tuple(parameters)
         self._steps = CheckpointSteps(Path(directory).absolute())
-        self._primary = jax.process_index() == 0
+        self._primary = processes.is_first()
         self._worker = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._saves = 0  # how many were begun
         self._saved: set[int] = set()
-        if self._primary:
-            self._steps.acquire()
-        self._barrier("checkpoint directory")
+        processes.first_alone(self._steps.acquire)
         self._filter = _RaisedAnyway(self.directory)
         for name in _NOISY_LOGGERS:
             logging.getLogger(name).addFilter(self._filter)
@@ -356,10 +351,5 @@ class _RaisedAnyway(logging.Filter):
 
 def _of_all_processes(problems: tuple[str, ...]) -> tuple[str, ...]:
     """The problems that any process has, each once; the same on every process."""
-    if jax.process_count() == 1:
-        return problems
-    text = "\n".join(problems).encode()[:_PROBLEM_BYTES]
-    padded = np.frombuffer(text.ljust(_PROBLEM_BYTES, b"\0"), np.uint8)
-    texts = multihost_utils.process_allgather(padded)
-    lines = [line for t in texts for line in t.tobytes().rstrip(b"\0").decode(errors="replace").split("\n")]
-    return tuple(dict.fromkeys(filter(None, lines)))
+    texts = processes.gather_text("\n".join(problems))
+    return tuple(dict.fromkeys(line for text in texts for line in text.split("\n") if line))

@@ -167,7 +167,8 @@ class MeshConfig(Config):
         Raises:
             ShardingError: the axes in `across` do not divide the slices.
         """
-        parts, left = dict.fromkeys(MESH_AXES, 1), slices
+        parts: dict[str, int] = dict.fromkeys(MESH_AXES, 1)
+        left = slices
         for axis in self.across:
             parts[axis] = math.gcd(shape[axis], left)
             left //= parts[axis]

@@ -29,14 +29,19 @@ from pippin.layers.linear_config import (
     GroupedLinearConfig,
     LinearConfig,
     LoRALinearConfig,
+    MatmulType,
     NormalInitConfig,
+    QuantizedLinearConfig,
     lora,
+    quantize_matmuls,
 )
 from pippin.layers.moe_config import MoEConfig, TopKRouterConfig
 from pippin.layers.norm_config import RMSNormConfig
 from pippin.layers.position_config import ALiBiConfig, Llama3ScalingConfig, NoPEConfig, RoPEConfig
 from pippin.layers.stack_config import (
     ParallelTracksConfig,
+    PipelineConfig,
+    PipelineSchedule,
     Remat,
     RepeatConfig,
     SequenceConfig,
@@ -61,11 +66,15 @@ __all__ = [
     "LinearConfig",
     "Llama3ScalingConfig",
     "LoRALinearConfig",
+    "MatmulType",
     "MoEConfig",
     "NoPEConfig",
     "NormalInitConfig",
     "ParallelTracksConfig",
+    "PipelineConfig",
+    "PipelineSchedule",
     "QKNormOrder",
+    "QuantizedLinearConfig",
     "RMSNormConfig",
     "ReferenceKernelConfig",
     "Remat",
@@ -82,4 +91,5 @@ __all__ = [
     "TransformerLayerConfig",
     "TritonKernelConfig",
     "lora",
+    "quantize_matmuls",
 ]

@@ -1,5 +1,7 @@
 """Configs of initialisers, linear maps and embeddings."""
 
+import enum
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pippin.core.config import REQUIRED, Config, Required, Slot, field_hints
@@ -28,6 +30,38 @@ class LinearConfig(Config, implementation="pippin.layers.linear:Linear", provide
     output_axis: str | None = None
     bias: bool = False
     init: Annotated[Config, Slot("initializer")] = FanInInitConfig()
+
+
+class MatmulType(enum.StrEnum):
+    """The numbers of which a matrix product is computed."""
+
+    INT8 = "int8"
+    FP8 = "fp8"  # E4M3 forward, and E5M2 for gradients
+
+
+class QuantizedLinearConfig(
+    LinearConfig, implementation="pippin.layers.linear_quantized:QuantizedLinear", provides="linear"
+):
+    """The same map, with the same parameters, of 8-bit numbers: faster where the hardware multiplies these faster."""
+
+    matmul: MatmulType = MatmulType.INT8
+
+
+def quantize_matmuls(matmul: MatmulType) -> Modifier[Any]:
+    """The modifier that makes the linear maps of attention and of feed-forwards multiply 8-bit numbers.
+
+    Routers, embeddings and the head stay as they are, and the experts of a mixture too.
+    """
+
+    def where(cfg: Config) -> bool | None:
+        return False if cfg.PROVIDES == "router" else cfg.PROVIDES in ("attention", "feed_forward") or None
+
+    def quantized(cfg: Config) -> Config:
+        if isinstance(cfg, LoRALinearConfig):
+            return cfg.set(base=quantized(cfg.base))
+        return inherit(QuantizedLinearConfig(matmul=matmul), cfg) if type(cfg) is LinearConfig else cfg
+
+    return lambda cfg: _map_linears(cfg, quantized, where, inside=False)
 
 
 class EmbeddingConfig(Config, implementation="pippin.layers.linear:Embedding", provides="embedding"):
@@ -86,7 +120,14 @@ def lora(rank: int = 16, alpha: float = 16.0, only: str | None = None) -> Modifi
     """
 
     def modifier(cfg: Config) -> Config:
-        result = _with_lora(cfg, LoRALinearConfig(rank=rank, alpha=alpha), only, inside=only is None)
+        def where(cfg: Config) -> bool | None:
+            return only in (cfg.TYPE, cfg.PROVIDES) or None
+
+        def wrapped(cfg: Config) -> Config:
+            template = LoRALinearConfig(rank=rank, alpha=alpha)
+            return cfg if isinstance(cfg, LoRALinearConfig) else inherit(template.set(base=cfg), cfg)
+
+        result = _map_linears(cfg, wrapped, where, inside=only is None)
         if result == cfg:
             where = "" if only is None else f" inside {only!r}"
             kinds = sorted({c.PROVIDES for _, c in traverse(cfg)} - {""})
@@ -99,15 +140,18 @@ def lora(rank: int = 16, alpha: float = 16.0, only: str | None = None) -> Modifi
     return modifier
 
 
-def _with_lora(value: Any, template: Config, only: str | None, inside: bool) -> Any:
+def _map_linears(
+    value: Any, change: Callable[[Config], Config], where: Callable[[Config], bool | None], inside: bool
+) -> Any:
+    """A tree with the linear maps of some parts changed. `where` says of a part whether it counts; None: as what holds it."""
     if isinstance(value, tuple):
-        return tuple(_with_lora(v, template, only, inside) for v in value)
+        return tuple(_map_linears(v, change, where, inside) for v in value)
     if not isinstance(value, Config):
         return value
-    inside = inside or only in (type(value).TYPE, type(value).PROVIDES)
-    if type(value).PROVIDES == "linear":
-        wrap = inside and not isinstance(value, LoRALinearConfig)
-        return inherit(template.set(base=value), value) if wrap else value
+    here = where(value)
+    inside = inside if here is None else here
+    if value.PROVIDES == "linear":
+        return change(value) if inside else value
     fields = {name: getattr(value, name) for name in field_hints(type(value))}
-    new = {name: _with_lora(old, template, only, inside) for name, old in fields.items()}
+    new = {name: _map_linears(old, change, where, inside) for name, old in fields.items()}
     return value.set(**{name: v for name, v in new.items() if v != fields[name]})

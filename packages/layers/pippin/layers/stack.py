@@ -33,6 +33,7 @@ from pippin.layers.stack_config import (
 _REMAT_POLICIES: dict[Remat, Any] = {
     Remat.FULL: jax.checkpoint_policies.nothing_saveable,
     Remat.SAVE_MATMULS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    Remat.OFFLOAD_MATMULS: jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 
 
@@ -199,7 +200,7 @@ class SharedKVStack(Module):
 class ParallelTracks(Module):
     """Runs each track on the same input, and averages their results.
 
-    Tracks meet at the end only, so that each can live on devices of its own.
+    They run one after the other, each on all devices: the mesh splits a track's rows and weights as any layer's.
 
     Source: the server model of AFM 2025, arXiv:2507.13575, section 2.2 (PT); arXiv:2602.07306.
     """
@@ -217,12 +218,13 @@ class ParallelTracks(Module):
     def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
         run, params = _pure(self.track, Remat.NONE, in_loop=False)
 
-        def track(params: Params, cache: Cache) -> tuple[Array, Cache, Outputs]:
+        def track(of_track: tuple[Params, Cache]) -> tuple[Array, Cache, Outputs]:
             # Not the LayerOutput itself: stacked arrays do not have the shapes that it declares.
-            out, outputs = run(params, x, ctx, cache)
+            out, outputs = run(of_track[0], x, ctx, of_track[1])
             return out.x, out.cache, outputs
 
-        results, cache, outputs = jax.vmap(track)(params, cache)
+        # Not a vmap: TPUs have no grouped matmuls with a batch, nor cuDNN a mask that is the same for a batch of calls.
+        results, cache, outputs = jax.lax.map(track, (params, cache))
         add_stacked(outputs)
         return LayerOutput(jnp.mean(results, axis=0), cache)
 

@@ -20,11 +20,12 @@ class TransformerLayerConfig(Config, implementation="pippin.layers.stack:Transfo
 
 
 class Remat(enum.StrEnum):
-    """What of a layer's forward pass is computed again in the backward pass, to save memory."""
+    """What of a layer's forward pass the backward pass computes again, or gets from the host, to save memory."""
 
     NONE = "none"
     FULL = "full"  # everything but the layer's input
     SAVE_MATMULS = "save_matmuls"  # everything but the results of products with weights
+    OFFLOAD_MATMULS = "offload_matmuls"  # the same, and these results wait in the host's memory
 
 
 class PipelineSchedule(enum.StrEnum):

@@ -1,6 +1,7 @@
 """The command `bazel run //packages/train:compile`: what a recipe's training step will be on hardware that is not here.
 
-Compiles the true step for the true topology with the compiler of that hardware.
+Compiles the true step for the true topology with the compiler of that hardware: libtpu for TPUs; XLA and cuDNN for
+NVIDIA GPUs, which are 4.9 GB, so that `bazel run //packages/train:compile_gpu` is the same command with them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ Examples:
 
   compile --recipe afm_on_device_2024_core --target tpu-v5p-512
   compile --recipe llama2_7b --target tpu-v5e-256 --target tpu-v5p-512 --out report.html
+  compile_gpu --recipe llama2_7b --target gpu-h100-256 --target tpu-v5p-512
 """
 
 
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="compile",
-        description="Compiles a recipe's training step for TPUs that are not here, and says what it will be there.",
+        description="Compiles a recipe's training step for TPUs or GPUs that are not here, and says what it will be.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -23,15 +23,16 @@ def test_a_step_is_compiled_for_each_target_and_tabled(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "report.html"
-    code, text = compiled(capsys, "--target", "tpu-v5e-4", "--target", "tpu-v5p-8", "--out", str(page))
+    targets = {"tpu-v5e-4": 4, "tpu-v5p-8": 4, "tpu-7x-8": 8}
+    code, text = compiled(capsys, *(a for t in targets for a in ("--target", t)), "--out", str(page))
     assert code == 0
-    for target in ("tpu-v5e-4", "tpu-v5p-8"):
-        assert re.search(rf"^{target} +4 +data 4 +yes", text, re.MULTILINE)
+    for target, devices in targets.items():
+        assert re.search(rf"^{target} +{devices} +data {devices} +yes", text, re.MULTILINE)
     assert "SetPrecision: model.activation_dtype: float32 -> bfloat16" in text
     # Each device has all parameters, and so the gradients of all are summed over the data axis.
-    sent = re.findall(r"all-reduce +over data +groups of 4 .* ([\d.]+) GB", text)
-    assert len(sent) == 2 and all(float(s) > 0 for s in sent)
-    assert page.read_text().count("data:image/png") == 2
+    sent = re.findall(r"all-reduce +over data +groups of [48] .* ([\d.]+) GB", text)
+    assert len(sent) == 3 and all(float(s) > 0 for s in sent)
+    assert page.read_text().count("data:image/png") == 3
 
 
 def test_attention_takes_the_kernel_of_the_target(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,8 +66,9 @@ def test_a_step_that_does_not_fit_is_said_with_what_would_help(capsys: pytest.Ca
         (["--target", "tpu-v9-4"], "unknown target 'tpu-v9-4'"),
         (
             ["--target", "gpu-h100-8"],
-            "gpu-h100-8 is no TPU: compile has the compilers of tpu-v5e, tpu-v5p, tpu-v6e alone",
+            "is not installed. Use bazel run //packages/train:compile_gpu, or pip install 'pippin-train[cuda]'",
         ),
+        (["--target", "cpu-2"], "cpu-2 is no accelerator"),
         (["--target", "tpu-v5e-48"], "tpu-v5e-48 is no TPU that there is"),
         (
             ["--target", "tpu-v5e-4", "--set", "input.batch_size=6"],

@@ -22,10 +22,16 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Display:
     """Progress of a run, on standard error."""
 
-    def __init__(self, total_steps: int, first_step: int = 0):
+    def __init__(self, total_steps: int, first_step: int = 0, *, quiet: bool = False):
+        """
+        Args:
+            total_steps: of the run.
+            first_step: that it goes on from.
+            quiet: show nothing, as where another process of the job does.
+        """
         self._total, self._first = total_steps, first_step
-        self._console = Console(stderr=True)
-        self._interactive = sys.stderr.isatty()
+        self._console = Console(stderr=True, quiet=quiet)
+        self._interactive = sys.stderr.isatty() and not quiet
         self._started, self._last_line = time.monotonic(), 0.0
         self._bar = Progress(
             TextColumn("training"),

@@ -1,7 +1,9 @@
 """A training job from its config to its summary: start, go on where an earlier attempt stopped, train, report.
 
 The input is started first: its process reads and tokenises while this one
-imports JAX and compiles.
+imports JAX and compiles. Of several processes each must know first which part
+of a batch is its own, so they connect before that. All of them do all that is
+done here; the first one alone writes the run's directory, checkpoints aside.
 """
 
 from __future__ import annotations
@@ -15,16 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pippin.core.batch import Batch
+from pippin.core.config_tree import config_text
 from pippin.core.errors import ConfigError
 from pippin.core.tokenizer import load_tokenizer
+from pippin.train.cluster.environment import join
 from pippin.train.display import Display
-from pippin.train.errors import Preempted
+from pippin.train.errors import Preempted, Unavailable
 from pippin.train.ledger import Bucket, Ledger
 from pippin.train.run_directory import RunDirectory
 from pippin.train.trainer_config import TrainerConfig
 from pippin.v1 import job_pb2 as pb
 
 if TYPE_CHECKING:
+    from pippin.train.cluster.share import Share
     from pippin.train.hardware.mesh_rules import Applied
     from pippin.train.step import TrainState
     from pippin.train.summary import Summary
@@ -33,8 +38,10 @@ if TYPE_CHECKING:
 _PROMPT_TOKENS, _NEW_TOKENS = 48, 96
 
 
-def run_job(cfg: TrainerConfig, out: Path, recipe: str, started: float | None = None) -> Summary:
+def run_job(cfg: TrainerConfig, out: Path, recipe: str, started: float | None = None) -> Summary | None:
     """Trains a config in a directory, or goes on with the run that the directory holds.
+
+    Where this is one of several processes, all of them call this.
 
     Args:
         cfg: the run.
@@ -42,49 +49,87 @@ def run_job(cfg: TrainerConfig, out: Path, recipe: str, started: float | None = 
         recipe: the recipe's name, for reports.
         started: `time.monotonic()` when the process started, for the ledger.
 
+    Returns:
+        The figures of the run; on processes but the first, None.
+
     Raises:
         PippinError: what the user can put right; the run can be started again.
         Preempted: a signal asked to stop; the state is saved.
+        Unavailable: a device or another process was lost.
     """
     ledger = Ledger(started)
     run = RunDirectory(out)
     record = pb.RunRecord(job=recipe, started=_now(), outcome=pb.RUN_OUTCOME_RUNNING)
     run.check(cfg)
-    # A run that goes on keeps the tokenizer that it was started with. Input that cannot be used is told
-    # here, before a directory is made.
-    source = cfg.input.build(tokenizer_dir=run.tokenizer if run.claimed_by(cfg) else None)
+    # A run that goes on keeps the tokenizer that it was started with.
+    tokenizer = run.tokenizer if run.claimed_by(cfg) else None
+    applied = _for_this_machine(cfg) if join() else None
+    source, share = _start_input(cfg, applied, tokenizer)
     try:
-        applied = _for_this_machine(cfg)
-        run.claim(cfg)
-        summary = _train(cfg, applied, run, recipe, source, ledger, record)
+        applied = applied or _for_this_machine(cfg)  # the input works meanwhile
+        _claim(run, cfg)
+        summary = _train(cfg, applied, run, recipe, source, share, ledger, record)
         record.outcome = pb.RUN_OUTCOME_COMPLETED
         return summary
     except BaseException as e:
         record.outcome = pb.RUN_OUTCOME_PREEMPTED if isinstance(e, Preempted) else pb.RUN_OUTCOME_FAILED
         record.error = f"{type(e).__name__}: {e}"
+        if _is_loss(e):
+            raise Unavailable(f"a device or a process was lost: {str(e).splitlines()[0]}") from e
         raise
     finally:
         source.close()
         record.ended = _now()
         record.ledger.CopyFrom(ledger.message())
-        if record.devices:  # else the directory was never this job's: another one may be at work in it
+        if record.devices:  # else the directory was never this process's: another one may be at work in it
             run.write_record(record)
 
 
 def _for_this_machine(cfg: TrainerConfig) -> Applied:
-    """The config for the devices that there are, before a directory is made. The input works meanwhile."""
-    import jax
-
+    """The config for the devices that there are."""
     from pippin.train.hardware.compilation_cache import keep_compiled_programs
     from pippin.train.hardware.machine import for_this_machine
 
     keep_compiled_programs()
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"this job has {jax.process_count()} processes; launch trains with one process, over all its devices. "
-            "Start it on one host."
-        )
     return for_this_machine(cfg)
+
+
+def _start_input(cfg: TrainerConfig, applied: Applied | None, tokenizer: Path | None) -> tuple[Any, Share]:
+    """The input, and the part of each batch that it reads; of several processes where `applied` is given.
+
+    Input that cannot be used is told here, before a directory is made.
+    """
+    from pippin.core import processes
+    from pippin.train.cluster.share import Share, share_of_batch
+
+    if applied is None:
+        return cfg.input.build(tokenizer_dir=tokenizer), Share()
+    mesh = applied.cfg.mesh
+    share = share_of_batch(mesh, mesh.make(), cfg.input.batch_size)
+    build = partial(cfg.input.build, process_index=share.index, process_count=share.count)
+    return processes.together(lambda: build(tokenizer_dir=tokenizer)), share
+
+
+def _claim(run: RunDirectory, cfg: TrainerConfig) -> None:
+    from pippin.core import processes
+
+    def require_seen() -> None:
+        if not run.config.exists():
+            raise ConfigError(
+                f"{run.config} is not there on this machine, though process 0 has made it. Give an --out that all "
+                "machines of the job share."
+            )
+
+    processes.first_alone(lambda: run.claim(cfg))
+    processes.together(require_seen)
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether JAX could not go on, for no fault of the program's that it names."""
+    import jax
+
+    faults = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION")
+    return isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(faults)
 
 
 def _train(
@@ -93,21 +138,24 @@ def _train(
     run: RunDirectory,
     recipe: str,
     source: Any,
+    share: Share,
     ledger: Ledger,
     record: pb.RunRecord,
-) -> Summary:
-    import jax
-
+) -> Summary | None:
+    from pippin.core import processes
     from pippin.train import loop
     from pippin.train.metric_writer import MetricWriter
+    from pippin.train.sample_digest import SampleDigest
 
     cfg: TrainerConfig = applied.cfg
     trainer = cfg.build(held_out=partial(_held_out, source))
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    first = processes.is_first()
     with ledger.into(Bucket.GOODPUT_BUCKET_COMPILE):
         step_fn = trainer.compile()
     with ledger.into(Bucket.GOODPUT_BUCKET_DATA):
-        trainer.require_vocabulary(source.tokenizer.vocab_size)
+        processes.together(lambda: trainer.require_vocabulary(source.tokenizer.vocab_size))
+        processes.require_same("the config", config_text(asked).encode())
+        processes.require_same("the input's text or tokenizer", source.state())
     with cfg.checkpointer.build(
         directory=run.checkpoints,
         component=asked.model,  # what a rule changed is of this machine, not of the model
@@ -115,22 +163,24 @@ def _train(
         parameters=trainer.parameter_paths,
     ) as checkpointer:
         # The checkpointer holds the directory: from here on it is this job's alone.
-        record.devices = devices
-        run.write_record(record)
-        run.keep_tokenizer(source.tokenizer_dir)
+        if first:
+            record.devices = _devices()
+            run.write_record(record)
+        processes.first_alone(lambda: run.keep_tokenizer(source.tokenizer_dir))
         with ledger.into(Bucket.GOODPUT_BUCKET_RESTORE):
-            state, samples, notes = loop.restore(trainer, checkpointer, source)
+            state, before, notes = loop.restore(trainer, checkpointer, source)
+        samples = SampleDigest(before, share)
         state = trainer.init(run.tokenizer) if state is None else state
         record.first_step = int(state.step)
-        run.trim_metrics(record.first_step)
+        processes.first_alone(lambda: run.trim_metrics(record.first_step))
         with (
-            MetricWriter(run, record.first_step + 1) as writer,
-            Display(cfg.steps, record.first_step) as display,
+            MetricWriter(run, record.first_step + 1, quiet=not first) as writer,
+            Display(cfg.steps, record.first_step, quiet=not first) as display,
         ):
             for note in [_opening(trainer, applied, run, recipe, record), *notes]:
                 display.say(note)
             ledger.rest_into(Bucket.GOODPUT_BUCKET_STEP)
-            state, samples = loop.run(
+            state = loop.run(
                 trainer,
                 step_fn,
                 state,
@@ -143,7 +193,16 @@ def _train(
             )
             ledger.rest_into(Bucket.GOODPUT_BUCKET_OTHER)
     record.last_step = int(state.step)
-    return _summarise(trainer, state, samples, run, recipe, source, ledger, record)
+    return _summarise(trainer, state, samples.total(), run, recipe, source, ledger, record)
+
+
+def _devices() -> str:
+    """Such as "8 x TPU v5p in 2 processes"."""
+    import jax
+
+    count = jax.process_count()
+    together = f" in {count} processes" if count > 1 else ""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}{together}"
 
 
 def _opening(trainer: Trainer, applied: Applied, run: RunDirectory, recipe: str, record: pb.RunRecord) -> str:
@@ -164,33 +223,42 @@ def _summarise(
     source: Any,
     ledger: Ledger,
     record: pb.RunRecord,
-) -> Summary:
+) -> Summary | None:
+    import numpy as np
+
+    from pippin.core import processes
     from pippin.core.module import merge
     from pippin.layers.generate import generate
     from pippin.train.report import write_loss_plot, write_report
     from pippin.train.summary import Summary, unigram_perplexity
 
     cfg, tokenizer = trainer.cfg, load_tokenizer(run.tokenizer)
-    row = next(_held_out(source, 1))["tokens"][0]
-    prompt = [int(t) for t in row[:_PROMPT_TOKENS]]
+    # The first row of all: a process that reads another part of the batch has another one.
+    row = np.asarray(next(_held_out(source, 1))["tokens"][0][:_PROMPT_TOKENS], np.int32)
+    prompt = np.frombuffer(processes.gather(row.tobytes())[0], np.int32).tolist()
     stop = frozenset() if tokenizer.eos_id is None else frozenset([tokenizer.eos_id])
     model = merge(trainer.definition, trainer.measured(state))
-    written = generate(model, prompt, max_new_tokens=_NEW_TOKENS, temperature=0.7, top_p=0.95, stop_ids=stop)
+    sampling = {"temperature": 0.7, "top_p": 0.95, "stop_ids": stop}
+    written = list(generate(model, prompt, max_new_tokens=_NEW_TOKENS, **sampling))
     evaluator = cfg.evaluators[0]
-    evaluations = {m["step"]: m for m in run.read_metrics() if m["kind"] == evaluator.name}
     held_out = _held_out(source, evaluator.max_batches, evaluator.task)
+    unigram = unigram_perplexity(source.token_counts(cfg.model.vocab_size), held_out)
+    digest = fingerprint(state, samples)
+    if not processes.is_first():
+        return None
+    evaluations = {m["step"]: m for m in run.read_metrics() if m["kind"] == evaluator.name}
     summary = Summary(
         recipe=recipe,
         num_params=trainer.num_params,
         devices=record.devices,
         untrained=evaluations[0]["perplexity"],
-        unigram=unigram_perplexity(source.token_counts(cfg.model.vocab_size), held_out),
+        unigram=unigram,
         trained=evaluations[cfg.steps]["perplexity"],
         prompt=tokenizer.decode(prompt),
-        continuation=tokenizer.decode(list(written)),
+        continuation=tokenizer.decode(written),
         input_report="\n".join(part.text() for part in source.summary()),
         ledger=ledger.message(),
-        fingerprint=fingerprint(state, samples),
+        fingerprint=digest,
     )
     write_loss_plot(run, cfg)
     write_report(run, cfg, summary)
@@ -198,14 +266,16 @@ def _summarise(
 
 
 def fingerprint(state: TrainState, samples: bytes) -> str:
-    """A SHA-256 of every number of a training state and of all samples up to it."""
+    """A SHA-256 of every number of a training state and of all samples up to it. All processes ask for it together."""
     import jax
     import numpy as np
+    from jax.experimental import multihost_utils
 
     digest = hashlib.sha256(samples)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+        digest.update(np.ascontiguousarray(jax.device_get(whole)).tobytes())
     return digest.hexdigest()
 
 

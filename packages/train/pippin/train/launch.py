@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,13 +21,13 @@ from pippin.core.component import to_text
 from pippin.core.errors import ConfigError, PippinError
 from pippin.layers import configs as _layers  # noqa: F401  so that --set knows every layer by its name
 from pippin.train import recipe as recipes
-from pippin.train.errors import Preempted
+from pippin.train.cluster.environment import run_as_one
+from pippin.train.cluster.exit_codes import ERROR, PREEMPTED, UNAVAILABLE
+from pippin.train.cluster.options import add_options, job_arguments
+from pippin.train.errors import Preempted, Unavailable
 from pippin.train.trainer_config import TrainerConfig
 
 DEFAULT_RECIPE = "stdlib_tiny"
-
-EXIT_ERROR = 2  # something that the user can put right: the message says what
-EXIT_PREEMPTED = 75  # asked to stop, and saved: run it again to go on (EX_TEMPFAIL of sysexits.h)
 
 _EPILOG = """
 A run that was stopped goes on when the same command is run again. Examples:
@@ -35,13 +36,15 @@ A run that was stopped goes on when the same command is run again. Examples:
   launch --data 'books/**/*.txt' --out runs/mine  on text of your own
   launch --set model.decoder.layer.feed_forward=MoE --out runs/moe
                                                   with a mixture of experts in every layer
+  launch -n 2                                     two processes on this machine, as on two machines
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    return exit_code(lambda: _run(args))
+    return run_as_one(lambda: exit_code(lambda: _run(args, argv)))
 
 
 def exit_code(run: Callable[[], int]) -> int:
@@ -52,10 +55,10 @@ def exit_code(run: Callable[[], int]) -> int:
         return run()
     except PippinError as e:
         print(f"error: {e}", file=sys.stderr)
-        return EXIT_ERROR
+        return ERROR
     except OSError as e:
         print(f"error: {e}. Check the path, the permissions and the room on the disk.", file=sys.stderr)
-        return EXIT_ERROR
+        return ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -67,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains a recipe. Without arguments, a small language model in minutes on a CPU.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # or the options of `cluster` could not be told apart
     )
     parser.add_argument("--recipe", help=f"what to train (default: {DEFAULT_RECIPE})")
     parser.add_argument(
@@ -96,10 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         "--print-proto", action="store_true", help="print the config as a textproto, and stop"
     )
     parser.add_argument("--explain", action="store_true", help="say what would run on this machine, and stop")
+    add_options(parser)
     return parser
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     added = recipes.load_file(args.recipe_file) if args.recipe_file else []
     if args.list:
         _print_list()
@@ -119,6 +124,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--resume: {out} holds no run. Leave out --resume to start one, or give its --out."
         )
+    if args.num_processes > 1 or args.max_restarts:
+        return _train_together(cfg, out.absolute(), argv, args)
     return _train(cfg, out.absolute(), name)
 
 
@@ -180,12 +187,28 @@ def _train(cfg: TrainerConfig, out: Path, name: str) -> int:
         summary = run_job(cfg, out, name, started=_STARTED)
     except Preempted as e:
         print(f"{e}. Run the same command again to go on.", file=sys.stderr)
-        return EXIT_PREEMPTED
+        return PREEMPTED
+    except Unavailable as e:
+        traceback.print_exc()
+        print(f"{e}. Run the same command again to go on from the last checkpoint.", file=sys.stderr)
+        return UNAVAILABLE
+    if summary is None:  # the first process says it
+        return 0
     from pippin.train.run_directory import RunDirectory
 
     print(summary.text(RunDirectory(out), cfg.steps))
     print(_next_commands(out))
     return 0
+
+
+def _train_together(cfg: TrainerConfig, out: Path, argv: Sequence[str], args: argparse.Namespace) -> int:
+    from pippin.train.cluster.local import run_local
+    from pippin.train.run_directory import RunDirectory
+
+    run = RunDirectory(out)
+    run.check(cfg)  # told once, and before anything is started or written
+    command = [sys.executable, "-P", "-m", "pippin.train.launch", *job_arguments(argv)]
+    return run_local(command, args.num_processes, logs=run.logs, max_restarts=args.max_restarts).exit_code
 
 
 def _next_commands(out: Path) -> str:

@@ -7,6 +7,7 @@ import pytest
 
 from pippin.core.component import from_text
 from pippin.train import launch
+from pippin.train.cluster.exit_codes import ERROR
 from pippin.train.recipe import get
 
 _HEAVY = ("jax", "tensorflow", "seqio", "numpy", "orbax", "matplotlib")
@@ -83,7 +84,7 @@ def test_mistakes_are_told_without_a_stack_trace(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     code, out, err = run(capsys, *arguments)
-    assert code == launch.EXIT_ERROR
+    assert code == ERROR
     assert not out and err.startswith("error: ")
     assert re.search(message, err), err
 
@@ -95,7 +96,7 @@ def test_a_directory_of_another_run_is_refused(capsys: pytest.CaptureFixture[str
     there.claim(get("stdlib_tiny").make())
     (there.checkpoints / "100").mkdir(parents=True)
     code, _, err = run(capsys, "--out", str(tmp_path / "run"), "--steps", "7")
-    assert code == launch.EXIT_ERROR
+    assert code == ERROR
     assert "steps: 420 -> 7" in err and "another --out" in err
 
 

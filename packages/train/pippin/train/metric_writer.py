@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 
 from tensorboardX import SummaryWriter
@@ -15,14 +17,15 @@ from pippin.train.run_directory import RunDirectory
 class MetricWriter:
     """Writes scalars by step, to both places at once."""
 
-    def __init__(self, run: RunDirectory, first_step: int):
+    def __init__(self, run: RunDirectory, first_step: int, *, quiet: bool = False):
         """
         Args:
             run: where to write.
             first_step: TensorBoard hides what an earlier attempt wrote for this step and later ones.
+            quiet: write nothing, as where another process of the job does.
         """
-        self._lines = run.metrics.open("a")
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step)
+        self._lines = Path(os.devnull if quiet else run.metrics).open("a")  # noqa: SIM115  closed by `close`
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step, write_to_disk=not quiet)
 
     def __enter__(self) -> MetricWriter:  # noqa: PYI034  as Display
         return self

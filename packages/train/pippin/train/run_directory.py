@@ -8,6 +8,7 @@ RUN/tensorboard/        the same, for TensorBoard
 RUN/record.textproto    what became of the last attempt, and where its time went
 RUN/loss.png            the loss curve
 RUN/report.html         the run at a glance
+RUN/logs/process-I.log  what each process of a job of several printed
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class RunDirectory:
         self.record = path / "record.textproto"
         self.loss_plot = path / "loss.png"
         self.report = path / "report.html"
+        self.logs = path / "logs"
 
     def claimed_by(self, cfg: TrainerConfig) -> bool:
         """Whether the directory holds a run of this config, on whatever mesh, with its tokenizer."""
@@ -62,8 +64,8 @@ class RunDirectory:
                 )
             return
         if self.path.exists() and not (
-            # A name with a dot is a file that a kill left half-written.
-            self.path.is_dir() and all(p.name.startswith(".") for p in self.path.iterdir())
+            # A name with a dot is a file that a kill left half-written. Logs are there before the job starts.
+            self.path.is_dir() and all(p.name.startswith(".") or p == self.logs for p in self.path.iterdir())
         ):
             raise ConfigError(
                 f"--out {self.path} is not empty and holds no run (no {self.config.name}). "

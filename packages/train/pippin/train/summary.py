@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pippin.core.processes import total
 from pippin.train.ledger import Bucket
 from pippin.train.run_directory import RunDirectory
 from pippin.v1 import job_pb2 as pb
@@ -84,11 +85,12 @@ def unigram_perplexity(counts: np.ndarray, batches: Any) -> float:
 
     Args:
         counts: [V], how often each id is a target in the training text.
-        batches: held-out `Batch`es.
+        batches: held-out `Batch`es: this process's rows of each.
     """
     log_p = np.log((counts + 1.0) / (counts.sum() + counts.size))
-    total = weight = 0.0
+    nats = weight = 0.0
     for batch in batches:
-        total -= float(np.sum(log_p[batch["targets"]] * batch["loss_weights"]))
+        nats -= float(np.sum(log_p[batch["targets"]] * batch["loss_weights"]))
         weight += float(np.sum(batch["loss_weights"]))
-    return math.exp(total / max(weight, 1.0))
+    nats, weight = total(np.array([nats, weight]))
+    return math.exp(nats / max(weight, 1.0))

@@ -29,8 +29,11 @@ class CountingInput(Configurable):
         seconds_a_batch: float = 0.0
         fails_at: int | None = None  # raises a DataError in place of this batch
 
-    def __init__(self, cfg: Any, *, tokenizer_dir: Path | None = None):
+    def __init__(
+        self, cfg: Any, *, process_index: int = 0, process_count: int = 1, tokenizer_dir: Path | None = None
+    ):
         self._cfg, self._next = cfg, 0
+        self._share = process_index, process_count
         self.tokenizer, self.tokenizer_dir = self, tokenizer_dir or _write_tokenizer(cfg.vocab_size)
         self.vocab_size = cfg.vocab_size
 
@@ -65,13 +68,16 @@ class CountingInput(Configurable):
         rows, length, vocab = self._cfg.batch_size, self._cfg.sequence_length, self._cfg.vocab_size
         start = np.random.default_rng(number).integers(0, vocab, (rows, 1))
         counted = ((start + np.arange(length + 1)) % vocab).astype(np.int32)
-        return {
+        index, count = self._share
+        whole = {
             "tokens": counted[:, :-1],
             "targets": counted[:, 1:],
             "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
             "segment_ids": np.ones((rows, length), np.int32),
             "loss_weights": np.ones((rows, length), np.float32),
         }
+        mine = slice(index * rows // count, (index + 1) * rows // count)
+        return {name: value[mine] for name, value in whole.items()}  # type: ignore[return-value]
 
 
 def toy_config(steps: int = 12, **input_fields: Any) -> TrainerConfig:

@@ -136,10 +136,14 @@ class Trainer:
         return contextlib.nullcontext() if alone else use_mesh(self.cfg.mesh, self.mesh)
 
     def place(self, batch: Batch) -> Batch:
-        """A batch of this process's rows, on the devices."""
+        """A batch on the devices, from this process's rows of it (`cluster.share`)."""
+        rows = self.cfg.input.batch_size
+        arrays = {name: np.asarray(value) for name, value in batch.items()}
         return {  # type: ignore[return-value]
-            name: jax.make_array_from_process_local_data(self._batch_sharding, np.asarray(value))
-            for name, value in batch.items()
+            name: jax.make_array_from_process_local_data(
+                self._batch_sharding, value, (rows, *value.shape[1:])
+            )
+            for name, value in arrays.items()
         }
 
     def require_vocabulary(self, size: int) -> None:

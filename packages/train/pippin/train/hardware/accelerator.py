@@ -1,9 +1,4 @@
-"""Accelerators: what one device of each kind has, and names such as `tpu-v5p-512`. No JAX.
-
-Sources: Google Cloud's pages "TPU v5e", "TPU v5p" and "TPU v6e"; NVIDIA's data sheets of H100 SXM,
-H200 SXM and B200 (dense figures, without sparsity). The clock of a TPU is its peak over the multiplications that its
-matrix units start in a cycle. Links are those inside a slice or node, all of a device together, one way.
-"""
+"""Targets, such as `tpu-v5p-512`: so many devices of a kind. No JAX."""
 
 from __future__ import annotations
 
@@ -12,84 +7,7 @@ import re
 
 from pippin.core.config import nearest
 from pippin.core.errors import ConfigError
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """A kind of accelerator, as JAX sees one device of it."""
-
-    kind: str  # as in names of targets, such as "tpu-v5p"
-    memory_bytes: float
-    peak_flops: float  # a second, in bfloat16
-    link_bandwidth: float  # bytes a second to other devices
-    clock_hz: float = 0.0  # of a TPU's matrix units
-    units_per_device: int = 1  # of what the number in a target's name counts: TensorCores for v5p
-    topology_dims: int = 0  # of a TPU's torus
-    jax_names: tuple[str, ...] = ()  # how JAX's device_kind begins
-    libtpu_name: str = ""  # of its topologies
-
-
-_GB = 1e9
-_T = 1e12
-
-DEVICES = {
-    d.kind: d
-    for d in (
-        Device(
-            "tpu-v5e",
-            16.0 * 2**30,
-            197 * _T,
-            200 * _GB,
-            1.5e9,
-            topology_dims=2,
-            jax_names=("TPU v5 lite", "TPU v5e"),
-            libtpu_name="v5e",
-        ),
-        Device(
-            "tpu-v5p",
-            95.0 * 2**30,
-            459 * _T,
-            600 * _GB,
-            1.75e9,
-            units_per_device=2,
-            topology_dims=3,
-            jax_names=("TPU v5p", "TPU v5"),
-            libtpu_name="v5p",
-        ),
-        Device(
-            "tpu-v6e",
-            32.0 * 2**30,
-            918 * _T,
-            448 * _GB,
-            1.75e9,
-            topology_dims=2,
-            jax_names=("TPU v6 lite", "TPU v6e"),
-            libtpu_name="v6e",
-        ),
-        Device(
-            "gpu-h100",
-            80 * _GB,
-            989 * _T,
-            450 * _GB,
-            jax_names=("NVIDIA H100",),
-        ),
-        Device(
-            "gpu-h200",
-            141 * _GB,
-            989 * _T,
-            450 * _GB,
-            jax_names=("NVIDIA H200",),
-        ),
-        Device(
-            "gpu-b200",
-            180 * _GB,
-            2250 * _T,
-            900 * _GB,
-            jax_names=("NVIDIA B200",),
-        ),
-        Device("cpu", 0.0, 0.0, 0.0, jax_names=("cpu",)),
-    )
-}
+from pippin.train.hardware.device import DEVICES, Device
 
 # Chips -> the torus of a slice, as Google Cloud offers it.
 _SLICES = {
@@ -144,15 +62,32 @@ class Target:
         """
         known = _SLICES[self.device.topology_dims]
         largest = max(known)
-        if self.num_devices in known:
-            return known[self.num_devices], 1
-        if self.num_devices > largest and self.num_devices % largest == 0:
-            return known[largest], self.num_devices // largest
-        units = self.device.units_per_device
+        chips, rest = divmod(self.num_devices, self.device.devices_per_chip)
+        if not rest and chips in known:
+            return known[chips], 1
+        if not rest and chips > largest and chips % largest == 0:
+            return known[largest], chips // largest
+        units = self.device.units_per_device * self.device.devices_per_chip
         raise ConfigError(
             f"{self.name} is no TPU that there is: slices of {self.device.kind} are "
             f"{', '.join(f'{self.device.kind}-{n * units}' for n in known)}, and several of the largest. Use one of these."
         )
+
+    def nodes(self) -> tuple[int, int]:
+        """How many nodes of GPUs there are, and how many GPUs each has.
+
+        Raises:
+            ConfigError: they do not fill their nodes.
+        """
+        size = self.device.node_size
+        if self.num_devices <= size and size % self.num_devices == 0:
+            return 1, self.num_devices
+        if self.num_devices % size:
+            raise ConfigError(
+                f"{self.name} does not fill its nodes, which have {size} GPUs each. Use {self.device.kind}-{size}, "
+                f"or a multiple of {size}."
+            )
+        return self.num_devices // size, size
 
 
 def parse_target(name: str) -> Target:

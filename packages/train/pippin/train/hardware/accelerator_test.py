@@ -1,12 +1,19 @@
 import pytest
 
 from pippin.core.errors import ConfigError
-from pippin.train.hardware.accelerator import DEVICES, parse_target, target_of
+from pippin.train.hardware.accelerator import parse_target, target_of
+from pippin.train.hardware.device import DEVICES
 
 
 @pytest.mark.parametrize(
     ("name", "devices", "platform"),
-    [("tpu-v5p-512", 256, "tpu"), ("tpu-v5e-256", 256, "tpu"), ("gpu-h100-8", 8, "gpu"), ("cpu-2", 2, "cpu")],
+    [
+        ("tpu-v5p-512", 256, "tpu"),
+        ("tpu-v5e-256", 256, "tpu"),
+        ("tpu-7x-16", 16, "tpu"),
+        ("gpu-h100-8", 8, "gpu"),
+        ("cpu-2", 2, "cpu"),
+    ],
 )
 def test_a_name_says_how_many_devices(name: str, devices: int, platform: str) -> None:
     target = parse_target(name)
@@ -30,10 +37,28 @@ def test_a_name_that_is_none_is_refused(name: str, message: str) -> None:
 def test_slices_are_tori_and_beyond_the_largest_there_are_several() -> None:
     assert parse_target("tpu-v5p-512").slices() == ((4, 8, 8), 1)
     assert parse_target("tpu-v5e-512").slices() == ((16, 16), 2)
+    assert parse_target("tpu-7x-16").slices() == ((2, 2, 2), 1)  # two devices a chip
+    with pytest.raises(
+        ConfigError, match="tpu-7x-9 is no TPU that there is: slices of tpu-7x are tpu-7x-8, tpu-7x-16"
+    ):
+        parse_target("tpu-7x-9").slices()
     with pytest.raises(
         ConfigError, match="tpu-v5e-48 is no TPU that there is: slices of tpu-v5e are tpu-v5e-1, tpu-v5e-4"
     ):
         parse_target("tpu-v5e-48").slices()
+
+
+def test_gpus_fill_their_nodes() -> None:
+    assert [parse_target(f"gpu-h100-{n}").nodes() for n in (1, 4, 8, 256)] == [
+        (1, 1),
+        (1, 4),
+        (1, 8),
+        (32, 8),
+    ]
+    with pytest.raises(
+        ConfigError, match="gpu-h100-12 does not fill its nodes, which have 8 GPUs each. Use gpu-h100-8"
+    ):
+        parse_target("gpu-h100-12").nodes()
 
 
 @pytest.mark.parametrize(
@@ -42,6 +67,7 @@ def test_slices_are_tori_and_beyond_the_largest_there_are_several() -> None:
         ("TPU v5 lite", "tpu-v5e-8"),
         ("TPU v5", "tpu-v5p-16"),
         ("TPU v6 lite", "tpu-v6e-8"),
+        ("TPU7x", "tpu-7x-8"),
         ("NVIDIA H100 80GB HBM3", "gpu-h100-8"),
         ("cpu", "cpu-8"),
     ],
@@ -57,7 +83,8 @@ def test_an_accelerator_without_an_entry_is_one_of_its_platform() -> None:
 
 
 def test_a_tpu_s_clock_is_its_peak_over_the_multiplications_of_a_cycle() -> None:
-    # Matrix units: four of 128 x 128 (v5e), two cores of four (v5p), four of 256 x 256 (v6e).
-    for kind, multiplications in (("tpu-v5e", 4 * 128**2), ("tpu-v5p", 8 * 128**2), ("tpu-v6e", 4 * 256**2)):
+    # Matrix units: four of 128 x 128 (v5e), two cores of four (v5p), four of 256 x 256 (v6e, and half of a 7x).
+    units = {"tpu-v5e": 4 * 128**2, "tpu-v5p": 8 * 128**2, "tpu-v6e": 4 * 256**2, "tpu-7x": 4 * 256**2}
+    for kind, multiplications in units.items():
         device = DEVICES[kind]
         assert device.clock_hz * 2 * multiplications == pytest.approx(device.peak_flops, rel=0.005)

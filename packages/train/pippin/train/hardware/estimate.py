@@ -18,9 +18,9 @@ from pippin.layers.kernel_config import ReferenceKernelConfig
 from pippin.layers.kernel_select import Choice, record_choices
 from pippin.train.hardware.accelerator import Target
 from pippin.train.hardware.flops import Flops, function_flops, matmul_flops
-from pippin.train.hardware.hlo import Profile, read_profile
 from pippin.train.hardware.mesh_rules import Applied, apply_mesh_rules
-from pippin.train.hardware.topology import topology_devices
+from pippin.train.hardware.profile import Profile, read_profile
+from pippin.train.hardware.topology import topology
 from pippin.train.trainer import abstract_batch
 
 # What libtpu says of a program that does not fit: its "temporaries" are all that it needs, arguments included.
@@ -43,13 +43,14 @@ class Estimate:
     executed: Flops  # the same with what is computed again, and with the attention that the kernels do
     tokens: int
     kernels: tuple[Choice, ...]  # of attention
-    profile: Profile | None  # None: it did not fit, so there is no program
+    left_out: str  # what was not compiled, and why
+    profile: Profile | None  # None: libtpu refuses a program that does not fit
     compile_s: float
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler could place everything in the device's memory."""
-        return self.profile is not None
+        """Whether everything has a place in the device's memory."""
+        return self.profile is not None and self.used_bytes <= self.target.device.memory_bytes
 
     @property
     def used_bytes(self) -> float:
@@ -59,12 +60,12 @@ class Estimate:
 
     @property
     def compiled_s(self) -> float:
-        """The compiler's own estimate of the cycles of all that it compiled, over the clock."""
-        return self.profile.cycles / self.target.device.clock_hz if self.profile else math.nan
+        """What XLA compiled: by the cycles that libtpu estimates, or by the roofline of a GPU."""
+        return self.profile.compiled_s if self.profile else math.nan
 
     @property
     def kernels_s(self) -> float:
-        """What Pallas kernels compute, of which the compiler has no estimate: no block skipped, at the peak."""
+        """What kernels of Pallas and cuDNN compute, of which there is no estimate: no block skipped, at the peak."""
         return self.executed.kernels / (self.target.num_devices * self.target.device.peak_flops)
 
     @property
@@ -74,9 +75,8 @@ class Estimate:
 
     @property
     def link_s(self) -> float:
-        """What crosses links, over their bandwidth."""
-        sent = sum(c.sent_bytes for c in self.profile.collectives) if self.profile else math.nan
-        return sent / self.target.device.link_bandwidth
+        """What crosses links and the network, over their bandwidth."""
+        return self.profile.link_s if self.profile else math.nan
 
     @property
     def step_s(self) -> tuple[float, float]:
@@ -115,7 +115,8 @@ def estimate(cfg: Any, target: Target) -> Estimate:
     """
     applied = apply_mesh_rules(cfg, target)
     cfg = applied.cfg
-    trainer = cfg.build(held_out=lambda most, task: (), devices=topology_devices(target))
+    goal = topology(target)
+    trainer = cfg.build(held_out=lambda most, task: (), devices=goal.devices)
     mesh = dict(trainer.mesh.shape)
     began = time.monotonic()
     with record_choices() as choices:
@@ -125,14 +126,18 @@ def estimate(cfg: Any, target: Target) -> Estimate:
         _shard_bytes(trainer.template.learner),
     )
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options=dict(goal.options))
     except jax.errors.JaxRuntimeError as e:
         message = str(e).partition("\n")[0]
         size = _TOO_LARGE.search(message)
         if size is None or "on HBM" not in message:
+            remedy = (
+                "If it names vmem, a kernel's blocks are too large: give its config a smaller block_size."
+                if target.platform == "tpu"
+                else "If it names cuDNN, leave out its kernel: set the attention's kernel to another."
+            )
             raise ConfigError(
-                f"the compiler for {target.name} refuses the step: {message} If it names vmem, a kernel's blocks are too "
-                "large: give its config a smaller block_size."
+                f"the compiler for {target.name} refuses the step: {message} {remedy}"
             ) from None
         compiled, program = None, math.nan
         temporary = max(0.0, float(size[1]) * _UNIT[size[2]] - parameter_bytes - learner_bytes)
@@ -151,7 +156,8 @@ def estimate(cfg: Any, target: Target) -> Estimate:
         executed=matmul_flops(traced.jaxpr.jaxpr),
         tokens=cfg.input.batch_size * cfg.input.sequence_length,
         kernels=tuple(choices),
-        profile=read_profile(compiled.as_text(), mesh) if compiled else None,
+        left_out=goal.left_out,
+        profile=read_profile(compiled.as_text(), mesh, target.device) if compiled else None,
         compile_s=time.monotonic() - began,
     )
 

@@ -54,16 +54,22 @@ def details(e: Estimate) -> str:
         + f"{e.executed.kernels:.3g} in kernels",
     ]
     lines += [f"  attention: {kernel}" for kernel in e.kernels]
-    if e.profile is None:
+    lines += [f"  not compiled: {e.left_out}"] if e.left_out else []
+    if e.profile is None or not e.fits:
         return "\n".join([*lines, f"  IT DOES NOT FIT. {e.remedy()}"])
+    source = "a bound by memory and matmuls" if e.target.device.gpu else "its own estimate"
     lines.append(
-        f"  time: {e.compiled_s:.3g} s of what XLA compiled (its own estimate), {e.kernels_s:.3g} s of kernels (every block, "
+        f"  time: {e.compiled_s:.3g} s of what XLA compiled ({source}), {e.kernels_s:.3g} s of kernels (every block, "
         f"at the peak), {e.link_s:.3g} s of transfers (at full speed)"
+    )
+    lines.append(
+        f"  memory read and written: {e.profile.moved_bytes / 1e12:.3g} TB by each device, less kernels"
     )
     for c in e.profile.collectives:
         lines.append(
             f"    {c.kind:<20} over {c.axes:<12} groups of {c.group_size:<5} {c.times:>6} times  "
             f"{c.sent_bytes / 1e9:>8.3g} GB sent by each device"
+            + (", over the network" if c.per_node else "")
         )
     if e.profile.unknown_loops:
         lines.append(f"  {e.profile.unknown_loops} loops turn an unknown number of times: they count once")

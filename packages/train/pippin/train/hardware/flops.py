@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+# How many matmuls of queries with keys, or as large, cuDNN's attention does: the backward pass computes logits again.
+_CUDNN_MATMULS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
 
 class Flops(NamedTuple):
     """Operations of matmuls: a multiplication and an addition each count."""
 
     compiled: float = 0.0  # of those that XLA compiles
-    kernels: float = 0.0  # of those inside Pallas kernels, as if no block of theirs were skipped
+    kernels: float = 0.0  # of those inside kernels of Pallas or cuDNN, as if no block of theirs were skipped
 
     @property
     def total(self) -> float:
@@ -37,6 +40,8 @@ def matmul_flops(jaxpr: core.Jaxpr) -> Flops:
             compiled += 2.0 * rows * inner * eqn.outvars[0].aval.shape[-1]
         elif name == "pallas_call":
             kernels += math.prod(params["grid_mapping"].grid) * matmul_flops(params["jaxpr"]).total
+        elif name in _CUDNN_MATMULS:
+            kernels += _CUDNN_MATMULS[name] * _cudnn_matmul(eqn)
         else:
             times, parts = _parts(name, params)
             compiled += times * sum(p.compiled for p in parts)
@@ -64,6 +69,11 @@ def _dot(eqn: Any) -> float:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     shape = eqn.invars[0].aval.shape
     return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[d] for d in contracted)
+
+
+def _cudnn_matmul(eqn: Any) -> float:
+    batch, queries, heads, head_dim = eqn.invars[0].aval.shape
+    return 2.0 * batch * heads * queries * eqn.invars[1].aval.shape[1] * head_dim
 
 
 def _inner(params: Any) -> list[core.Jaxpr]:

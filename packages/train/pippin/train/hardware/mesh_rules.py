@@ -15,11 +15,13 @@ from pippin.core.config import Config, field_hints
 from pippin.core.config_tree import diff, show, transform
 from pippin.core.errors import ConfigError
 from pippin.core.mesh_config import MESH_AXES
+from pippin.layers.linear_config import quantize_matmuls
 from pippin.train.hardware.accelerator import Target
 from pippin.train.hardware.mesh_rules_config import (
     MeshRuleConfig,
     SetAccumulationConfig,
     SetMeshConfig,
+    SetPipelineConfig,
     SetPrecisionConfig,
     SetRematConfig,
 )
@@ -89,7 +91,7 @@ class SetRemat:
 
 
 class SetPrecision:
-    """Gives the model the type of its activations."""
+    """Gives the model the type of its activations and of its matrix products."""
 
     Config = SetPrecisionConfig
 
@@ -97,8 +99,24 @@ class SetPrecision:
         self._cfg = cfg
 
     def __call__(self, cfg: Any, target: Target) -> Any:
-        """The config with that type."""
-        return _set_everywhere(cfg, "activation_dtype", self._cfg.activation_dtype, target)
+        """The config with these types."""
+        cfg = _set_everywhere(cfg, "activation_dtype", self._cfg.activation_dtype, target)
+        if self._cfg.matmul is None:
+            return cfg
+        return cfg.set(model=quantize_matmuls(self._cfg.matmul)(cfg.model))
+
+
+class SetPipeline:
+    """Gives every stack of layers its schedule on a pipeline of devices."""
+
+    Config = SetPipelineConfig
+
+    def __init__(self, cfg: SetPipelineConfig):
+        self._cfg = cfg
+
+    def __call__(self, cfg: Any, target: Target) -> Any:
+        """The config with the schedule wherever one can be set."""
+        return _set_everywhere(cfg, "pipeline", self._cfg.pipeline, target)
 
 
 class SetAccumulation:

@@ -7,7 +7,8 @@ from typing import Annotated
 from pippin.core.config import REQUIRED, Config, Required, Slot
 from pippin.core.errors import ConfigError
 from pippin.layers.causal_lm_config import FloatType
-from pippin.layers.stack_config import Remat
+from pippin.layers.linear_config import MatmulType
+from pippin.layers.stack_config import PipelineConfig, Remat
 
 
 class SetMeshConfig(Config, implementation="pippin.train.hardware.mesh_rules:SetMesh", provides="modifier"):
@@ -22,7 +23,7 @@ class SetMeshConfig(Config, implementation="pippin.train.hardware.mesh_rules:Set
 
 
 class SetRematConfig(Config, implementation="pippin.train.hardware.mesh_rules:SetRemat", provides="modifier"):
-    """What every stack of layers computes again in the backward pass."""
+    """What every stack of layers computes again in the backward pass, or keeps on the host."""
 
     remat: Remat = Remat.FULL
 
@@ -30,9 +31,19 @@ class SetRematConfig(Config, implementation="pippin.train.hardware.mesh_rules:Se
 class SetPrecisionConfig(
     Config, implementation="pippin.train.hardware.mesh_rules:SetPrecision", provides="modifier"
 ):
-    """The type of activations. Parameters and the optimizer's state stay float32."""
+    """The type of activations, and of matrix products. Parameters and the optimizer's state stay float32."""
 
     activation_dtype: FloatType = FloatType.BFLOAT16
+    # Of the linear maps of attention and of feed-forwards; None: of the activations' type.
+    matmul: MatmulType | None = None
+
+
+class SetPipelineConfig(
+    Config, implementation="pippin.train.hardware.mesh_rules:SetPipeline", provides="modifier"
+):
+    """How the devices of the mesh's pipeline axis share every stack of layers; `SetMesh` makes the axis."""
+
+    pipeline: PipelineConfig = PipelineConfig()
 
 
 class SetAccumulationConfig(

@@ -8,13 +8,15 @@ from pippin.core.config_tree import override
 from pippin.core.errors import ConfigError
 from pippin.core.module import parameter_infos
 from pippin.layers.causal_lm_config import FloatType
-from pippin.layers.stack_config import Remat
+from pippin.layers.linear_config import MatmulType
+from pippin.layers.stack_config import PipelineConfig, Remat
 from pippin.train.hardware.accelerator import parse_target
 from pippin.train.hardware.mesh_rules import apply_mesh_rules
 from pippin.train.hardware.mesh_rules_config import (
     MeshRuleConfig,
     SetAccumulationConfig,
     SetMeshConfig,
+    SetPipelineConfig,
     SetPrecisionConfig,
     SetRematConfig,
 )
@@ -90,6 +92,34 @@ def test_a_rule_does_not_undo_what_was_set_by_hand(path: str, value: object) -> 
         ConfigError, match=rf"{field}.* was set to {value}, and the mesh rule for tpu-v5e-4 sets it to"
     ):
         apply_mesh_rules(override(_cfg(), {path: value}), parse_target("tpu-v5e-4"))
+
+
+def test_a_rule_makes_a_pipeline_and_8_bit_products_without_new_parameters() -> None:
+    pipeline = PipelineConfig(microbatches=8, rounds=2)
+    rule = MeshRuleConfig(
+        accelerators="tpu-*",
+        modifiers=(
+            SetMeshConfig(fsdp=-1, pipeline=2),
+            SetPipelineConfig(pipeline=pipeline),
+            SetPrecisionConfig(matmul=MatmulType.INT8),
+        ),
+    )
+    cfg = _cfg().set(mesh_rules=(rule,))
+    applied = apply_mesh_rules(cfg, parse_target("tpu-v5e-4"))
+    assert applied.cfg.model.decoder.pipeline == pipeline
+    changes = dict(applied.changes)
+    assert any(
+        line.startswith("model.decoder.pipeline") and "8" in line for line in changes["SetPipeline"]
+    ), changes
+    assert any("QuantizedLinear" in line for line in changes["SetPrecision"])
+    before, after = (
+        jax.tree.map(
+            lambda i: (i.path, i.shape),
+            parameter_infos(nnx.eval_shape(lambda c=c: c.build(rngs=nnx.Rngs(0)))),
+        )
+        for c in (cfg.model, applied.cfg.model)
+    )
+    assert before == after
 
 
 def test_without_rules_a_config_is_for_any_hardware_as_it_is() -> None:

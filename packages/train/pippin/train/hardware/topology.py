@@ -1,16 +1,19 @@
-"""The devices of a TPU that is not there, for its compiler, which is."""
+"""The devices of an accelerator that is not there, for its compiler, which is."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.experimental import topologies
 
 from pippin.core.errors import ConfigError
 from pippin.train.hardware.accelerator import Target
+from pippin.train.hardware.device import DEVICES
+from pippin.train.hardware.gpu_compiler import cudnn_left_out, gpu_description, gpu_options
 
 # libtpu asks the machine which TPU it is a part of, unless it is told.
 _NO_TPU_HERE = {
@@ -22,21 +25,37 @@ _NO_TPU_HERE = {
 }
 
 
-def topology_devices(target: Target) -> Sequence[Any]:
-    """JAX's devices of a target, to compile for.
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """What is compiled for."""
+
+    devices: Sequence[Any]  # JAX's
+    options: Mapping[str, Any]  # of the compiler
+    left_out: str = ""  # what is not compiled here, and why
+
+
+def topology(target: Target) -> Topology:
+    """What a target is to its compiler.
 
     Raises:
-        ConfigError: there is no compiler for it here, or it is no TPU that there is.
+        ConfigError: there is no compiler for it here, or no such accelerator.
     """
-    if target.platform != "tpu":
-        raise ConfigError(
-            f"{target.name} is no TPU: compile has the compilers of {', '.join(_names())} alone. Name one of these."
-        )
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            "libtpu, which has the compiler for TPUs, is not installed. Use bazel run //packages/train:compile, or "
-            "pip install 'pippin-train[tpu]'."
-        )
+    match target.platform:
+        case "tpu":
+            return Topology(_tpus(target), {})
+        case "gpu":
+            return _gpus(target)
+        case _:
+            raise ConfigError(
+                f"{target.name} is no accelerator: a step for this machine is compiled by launch. Name one of "
+                f"{', '.join(kind for kind, device in DEVICES.items() if device.peak_flops)}."
+            )
+
+
+def _tpus(target: Target) -> Sequence[Any]:
+    _require(
+        "libtpu", "libtpu, which has the compiler for TPUs,", "bazel run //packages/train:compile", "tpu"
+    )
     torus, slices = target.slices()
     if slices > 1:
         raise ConfigError(
@@ -53,7 +72,24 @@ def topology_devices(target: Target) -> Sequence[Any]:
         raise ConfigError(f"libtpu has no topology {name}: {reason}. Try another number of chips.") from None
 
 
-def _names() -> list[str]:
-    from pippin.train.hardware.accelerator import DEVICES
+def _gpus(target: Target) -> Topology:
+    plugin = "JAX's CUDA plugin, which has the compiler for NVIDIA GPUs (4.9 GB),"
+    _require("jax_cuda12_plugin", plugin, "bazel run //packages/train:compile_gpu", "cuda")
+    nodes, size = target.nodes()
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # JAX looks for a GPU and its libraries
+    left_out = cudnn_left_out()
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda", target_config=gpu_description(target.device), topology=f"1x{nodes}x{size}"
+        )
+    except (ValueError, RuntimeError, NotImplementedError) as e:
+        reason = str(e).partition("\n")[0]
+        raise ConfigError(
+            f"JAX's CUDA plugin has no {target.name}: {reason}. Is its version that of jax?"
+        ) from None
+    return Topology(found.devices, gpu_options(with_cudnn=not left_out), left_out)
 
-    return [kind for kind, device in DEVICES.items() if device.libtpu_name]
+
+def _require(module: str, what: str, command: str, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"{what} is not installed. Use {command}, or pip install 'pippin-train[{extra}]'.")

@@ -3,6 +3,7 @@
 from pippin.core.checkpoint_config import CheckpointerConfig
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.models import llama
+from pippin.train.hardware.mesh_rules_config import MeshRuleConfig
 from pippin.train.input.config import (
     FilesConfig,
     MixtureConfig,
@@ -12,7 +13,7 @@ from pippin.train.input.config import (
 )
 from pippin.train.learner.config import AdamWConfig, CosineScheduleConfig, LearnerConfig, RuleConfig
 from pippin.train.recipe import recipe
-from pippin.train.recipes.mesh_rules import HUGE, LARGE
+from pippin.train.recipes.mesh_rules import HUGE, LARGE, LARGE_8K
 from pippin.train.trainer_config import PerplexityConfig, TrainerConfig
 
 
@@ -23,7 +24,7 @@ def _train(
     sequence_length: int,
     learner: LearnerConfig,
     steps: int,
-    huge: bool = False,
+    rules: tuple[MeshRuleConfig, ...] = LARGE,
 ) -> TrainerConfig:
     return TrainerConfig(
         model=model,
@@ -34,7 +35,7 @@ def _train(
             sequence_length=sequence_length,
         ),
         learner=learner,
-        mesh_rules=HUGE if huge else LARGE,
+        mesh_rules=rules,
         checkpointer=CheckpointerConfig(every_steps=2000),
         evaluators=(PerplexityConfig(every_steps=2000, max_batches=32),),
         steps=steps,
@@ -72,7 +73,7 @@ def llama2_70b() -> TrainerConfig:
     """
     learner = _adamw(1.5e-4, warmup_steps=2000, final_ratio=0.1)
     return _train(
-        llama.llama2_70b(), batch_size=1024, sequence_length=4096, learner=learner, steps=476_000, huge=True
+        llama.llama2_70b(), batch_size=1024, sequence_length=4096, learner=learner, steps=476_000, rules=HUGE
     )
 
 
@@ -86,7 +87,14 @@ def llama3_8b() -> TrainerConfig:
     Expect:   unknown for other text than Meta's.
     """
     learner = _adamw(3e-4, warmup_steps=8000, final_ratio=0.01)
-    return _train(llama.llama3_8b(), batch_size=1024, sequence_length=8192, learner=learner, steps=1_800_000)
+    return _train(
+        llama.llama3_8b(),
+        batch_size=1024,
+        sequence_length=8192,
+        learner=learner,
+        steps=1_800_000,
+        rules=LARGE_8K,
+    )
 
 
 @recipe
