@@ -63,6 +63,7 @@ SERVED: dict[str, tuple[dict[str, Any], dict[str, int], dict[str, Any]]] = {
 # What says a component that nothing on this machine can call; the arguments of its methods are compared.
 REFUSED = {
     "pippin.layers.CuDNNKernel": "CuDNNKernel: it runs on NVIDIA GPUs, and this is a cpu",
+    "pippin.layers.TritonKernel": "TritonKernel: it runs on NVIDIA GPUs, and this is a cpu",
     "pippin.layers.RingKernel": "RingKernel: no mesh splits the sequences",
 }
 

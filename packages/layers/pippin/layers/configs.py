@@ -21,6 +21,7 @@ from pippin.layers.kernel_config import (
     RingKernelConfig,
     SelectKernelConfig,
     SplashKernelConfig,
+    TritonKernelConfig,
 )
 from pippin.layers.linear_config import (
     EmbeddingConfig,
@@ -88,6 +89,7 @@ __all__ = [
     "SplashKernelConfig",
     "TopKRouterConfig",
     "TransformerLayerConfig",
+    "TritonKernelConfig",
     "lora",
     "quantize_matmuls",
 ]

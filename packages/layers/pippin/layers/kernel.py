@@ -74,6 +74,15 @@ def _platform() -> str:
     return "gpu" if name == "cuda" else name
 
 
+_PADDING = -1  # the segment of tokens without a position: nothing else attends to them
+
+
+def padded_segments(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+    """Segments for kernels that mask by index: one where there are none, and one of its own for padding."""
+    segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
+    return jnp.where(positions < 0, _PADDING, segments)
+
+
 class ReferenceKernel(Module):
     """Computes attention with all logits at once, in float32 or wider."""
 

@@ -9,6 +9,7 @@ from pippin.core.errors import ConfigError
 from pippin.core.registry import component_name
 
 _TILE = 128  # lanes of a TPU's vector registers: what splash attention's blocks are made of
+_GPU_TILE = 16  # rows of what a GPU's matrix units multiply
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,6 +163,60 @@ class CuDNNKernelConfig(
         )
 
 
+class TritonKernelConfig(
+    AttentionKernelConfig,
+    implementation="pippin.layers.kernel_triton:TritonKernel",
+    provides="attention_kernel",
+):
+    """A Pallas kernel for NVIDIA GPUs of what cuDNN refuses: wide heads, a soft cap, sinks, float32, long texts."""
+
+    block_size: int = 64  # at most so many queries and so many keys at a time
+    interpret: bool = False  # run on any platform, slowly: for tests
+
+    def validate(self) -> None:
+        if self.block_size < _GPU_TILE or self.block_size & (self.block_size - 1):
+            raise ConfigError(
+                f"TritonKernel: block_size ({self.block_size}) must be a power of two from {_GPU_TILE} on: its blocks "
+                "are operands of matrix units. 64 suits most models."
+            )
+
+    def supports(self, shape: AttentionShape) -> str:
+        return _first(
+            (
+                shape.platform != "gpu" and not self.interpret,
+                f"it runs on NVIDIA GPUs, and this is a {shape.platform}",
+            ),
+            (not shape.aligned, "keys are not those of the queries' tokens, as with a cache"),
+            (
+                shape.query_length != shape.key_length,
+                f"{shape.query_length} queries meet {shape.key_length} keys, and it masks by index",
+            ),
+            (
+                shape.query_length % _GPU_TILE != 0,
+                f"{shape.query_length} tokens are no multiple of {_GPU_TILE}",
+            ),
+            (
+                shape.dtype not in ("float16", "bfloat16", "float32"),
+                f"it computes in float16, bfloat16 or float32, not {shape.dtype}",
+            ),
+            (shape.head_dim > 256, f"head_dim ({shape.head_dim}) is above 256"),
+            (shape.has_bias, "it adds no bias to logits"),
+            (
+                shape.sequence_shards > 1,
+                f"the mesh splits sequences {shape.sequence_shards} ways, which RingKernel is for",
+            ),
+            (
+                shape.head_shards != shape.kv_head_shards,
+                f"the mesh splits query heads {shape.head_shards} ways and key heads {shape.kv_head_shards} ways",
+            ),
+        )
+
+    def block(self, length: int, row_bytes: int) -> int:
+        """The largest block up to `block_size` that divides a supported length, and that the memory of a processor has."""
+        most = min(self.block_size, max(_GPU_TILE, 32_768 // row_bytes))
+        return next(b for b in (most >> i for i in range(most)) if length % b == 0)
+
+
 class RingKernelConfig(
     AttentionKernelConfig,
     implementation="pippin.layers.kernel_ring:RingKernel",
@@ -201,6 +256,7 @@ class SelectKernelConfig(
     kernels: tuple[Annotated[Config, Slot("attention_kernel")], ...] = (
         SplashKernelConfig(),
         CuDNNKernelConfig(),
+        TritonKernelConfig(),
         RingKernelConfig(),
         BlockwiseKernelConfig(),
     )

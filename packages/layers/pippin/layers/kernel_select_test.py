@@ -25,6 +25,7 @@ from pippin.layers.kernel_config import (
     RingKernelConfig,
     SelectKernelConfig,
     SplashKernelConfig,
+    TritonKernelConfig,
     choose,
 )
 from pippin.layers.position_config import ALiBiConfig, RoPEConfig
@@ -96,14 +97,40 @@ def test_cudnn_says_what_it_cannot_serve(change, reason):
     assert _because(_GPU, change, CuDNNKernelConfig()) == reason
 
 
+_ALL = ["SplashKernel", "CuDNNKernel", "TritonKernel", "RingKernel"]
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"platform": "cpu"}, "it runs on NVIDIA GPUs, and this is a cpu"),
+        ({"aligned": False}, "keys are not those of the queries' tokens, as with a cache"),
+        ({"query_length": 16}, "16 queries meet 1024 keys, and it masks by index"),
+        ({"query_length": 1000, "key_length": 1000}, "1000 tokens are no multiple of 16"),
+        ({"dtype": "float64"}, "it computes in float16, bfloat16 or float32, not float64"),
+        ({"head_dim": 320}, "head_dim (320) is above 256"),
+        ({"has_bias": True}, "it adds no bias to logits"),
+        ({"sequence_shards": 4}, "the mesh splits sequences 4 ways, which RingKernel is for"),
+        ({"head_shards": 2}, "the mesh splits query heads 2 ways and key heads 1 ways"),
+    ],
+)
+def test_triton_says_what_it_cannot_serve(change, reason):
+    all_features = {"window": 3, "soft_cap": 2.0, "has_sinks": True, "head_dim": 256, "dtype": "float32"}
+    assert _because(_GPU, all_features, TritonKernelConfig()) == ""
+    assert _because(_GPU, change, TritonKernelConfig()) == reason
+
+
 @pytest.mark.parametrize(
     "change, expected, passed_over",
     [
         ({}, SplashKernelConfig, []),
         ({"platform": "gpu"}, CuDNNKernelConfig, ["SplashKernel"]),
-        ({"platform": "cpu"}, BlockwiseKernelConfig, ["SplashKernel", "CuDNNKernel", "RingKernel"]),
-        ({"aligned": False}, BlockwiseKernelConfig, ["SplashKernel", "CuDNNKernel", "RingKernel"]),
-        ({"sequence_shards": 2}, RingKernelConfig, ["SplashKernel", "CuDNNKernel"]),
+        ({"platform": "cpu"}, BlockwiseKernelConfig, _ALL),
+        ({"aligned": False}, BlockwiseKernelConfig, _ALL),
+        ({"sequence_shards": 2}, RingKernelConfig, ["SplashKernel", "CuDNNKernel", "TritonKernel"]),
+        ({"platform": "gpu", "soft_cap": 2.0}, TritonKernelConfig, ["SplashKernel", "CuDNNKernel"]),
+        ({"platform": "gpu", "head_dim": 256}, TritonKernelConfig, ["SplashKernel", "CuDNNKernel"]),
+        ({"platform": "gpu", "dtype": "float32"}, TritonKernelConfig, ["SplashKernel", "CuDNNKernel"]),
     ],
 )
 def test_the_first_kernel_that_supports_the_call_is_chosen(change, expected, passed_over):
@@ -161,12 +188,23 @@ def test_kernels_to_choose_from_must_say_what_they_support():
             lambda: SplashKernelConfig(block_size=100),
             r"block_size \(100\) must be a positive multiple of 128",
         ),
+        (
+            lambda: TritonKernelConfig(block_size=48),
+            r"block_size \(48\) must be a power of two from 16 on",
+        ),
         (lambda: CuDNNKernelConfig(max_length=0), r"max_length \(0\) must be at least 1"),
     ],
 )
 def test_sizes_that_mean_nothing_are_refused(cfg, match):
     with pytest.raises(ConfigError, match=match):
         cfg()
+
+
+@pytest.mark.parametrize(
+    "length, row_bytes, block", [(1024, 256, 64), (1024, 1024, 32), (80, 128, 16), (96, 64, 32)]
+)
+def test_the_blocks_of_triton_divide_the_sequence_and_fit_into_memory(length, row_bytes, block):
+    assert TritonKernelConfig().block(length, row_bytes) == block
 
 
 def test_the_blocks_of_splash_divide_the_sequence():

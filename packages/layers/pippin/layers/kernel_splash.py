@@ -10,10 +10,8 @@ from jaxtyping import Array, Float, Int
 from pippin.core.module import Module
 from pippin.core.sharding import on_shards
 from pippin.layers.context import Context, KeyValues
-from pippin.layers.kernel import Logits, attention_shape, attention_specs
+from pippin.layers.kernel import Logits, attention_shape, attention_specs, padded_segments
 from pippin.layers.kernel_config import SplashKernelConfig, choose
-
-_PADDING = -1  # the segment of tokens without a position: nothing else attends to them
 
 
 class SplashKernel(Module):
@@ -41,8 +39,8 @@ class SplashKernel(Module):
         """
         choose(self.cfg, attention_shape(q, kv, ctx, logits))
         packed = ctx.segment_ids is not None and kv.segment_ids is not None
-        queries = _segments(ctx.positions, ctx.segment_ids if packed else None)
-        keys = _segments(kv.positions, kv.segment_ids if packed else None)
+        queries = padded_segments(ctx.positions, ctx.segment_ids if packed else None)
+        keys = padded_segments(kv.positions, kv.segment_ids if packed else None)
         args = (q * logits.scale, kv.k.astype(q.dtype), kv.v.astype(q.dtype), queries, keys)
         sinks = () if logits.sinks is None else (logits.sinks.astype(jnp.float32),)
 
@@ -93,8 +91,3 @@ def _mask(length: int, window: int | None) -> splash_attention.Mask:
     if window is None or window >= length:
         return splash_attention.CausalMask((length, length))
     return splash_attention.LocalMask((length, length), window_size=(window - 1, 0), offset=0)
-
-
-def _segments(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
-    segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
-    return jnp.where(positions < 0, _PADDING, segments)

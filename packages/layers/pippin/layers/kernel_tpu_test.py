@@ -75,6 +75,23 @@ def test_splash_needs_less_memory_than_blocks_of_logits():
     assert sizes[0] < sizes[1]
 
 
-def test_a_mesh_that_splits_sequences_is_compiled_without_splash():
-    mesh = MeshConfig(data=2, sequence=2)
-    assert "splash_mha" not in _compiled(_ATTENTION, "v5e:2x2", jnp.bfloat16, mesh).as_text()
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(data=2, sequence=2), MeshConfig(data=1, sequence=4)], ids=["2", "4"]
+)
+@pytest.mark.parametrize(
+    "fields", [{}, {"window": 300, "soft_cap": 30.0, "sinks": True}], ids=["plain", "all"]
+)
+def test_a_mesh_that_splits_sequences_is_compiled_to_a_ring(mesh, fields):
+    program = _compiled(_ATTENTION.set(**fields), "v5e:2x2", jnp.bfloat16, mesh).as_text()
+    assert "splash_mha" not in program and "collective-permute" in program
+
+
+@pytest.mark.parametrize("schedule", configs.PipelineSchedule)
+def test_a_pipeline_is_compiled_with_splash_in_its_stages(schedule):
+    layer = configs.TransformerLayerConfig(
+        attention=_ATTENTION, feed_forward=configs.FeedForwardConfig(hidden_dim=256)
+    )
+    pipeline = configs.PipelineConfig(schedule=schedule, microbatches=4, rounds=2)
+    stack = configs.RepeatConfig(input_dim=256, num_layers=4, layer=layer, pipeline=pipeline)
+    program = _compiled(stack, "v5e:2x2", jnp.bfloat16, MeshConfig(pipeline=2, fsdp=2), length=256).as_text()
+    assert "splash_mha" in program and "collective-permute" in program

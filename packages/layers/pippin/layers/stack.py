@@ -108,7 +108,7 @@ class Repeat(Module):
     def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
         run, params = _pure(self.layer, self.remat, in_loop=self.unroll < self.num_layers)
         ctx = dataclasses.replace(ctx, last_only=False)  # the next layer reads every position
-        if cache is None and self.is_pipeline:
+        if cache is None and self.schedule is not None:
             x, outputs = self._pipeline(run, x, ctx)(params, x, jax.tree.leaves(ctx))
             add_collected(outputs)
             return LayerOutput(x, None)
@@ -123,27 +123,23 @@ class Repeat(Module):
         return LayerOutput(x, cache)
 
     @property
-    def is_pipeline(self) -> bool:
-        """Whether the devices of the mesh in use share the layers."""
-        return self.pipeline is not None and num_shards("layers") > 1
-
-    @property
-    def makes_loss(self) -> bool:
-        """Whether `loss` is how to train it on the mesh in use."""
-        return self.is_pipeline and self.pipeline.schedule is PipelineSchedule.ONE_F_ONE_B
+    def schedule(self) -> PipelineSchedule | None:
+        """In which order the devices of the mesh in use share the layers; None where they do not."""
+        return self.pipeline.schedule if self.pipeline is not None and num_shards("layers") > 1 else None
 
     def loss(
         self, x: Float[Array, "B T D"], ctx: Context, finish: Finish, finish_params: Any, of_tokens: Any
     ) -> tuple[Float[Array, ""], Any, Outputs]:
         """What `finish` makes of the result plus what layers report, sums for the log, and the reports.
 
-        For schedules that begin a microbatch's backward pass before others have gone forward: see `Pipeline.loss`.
+        For 1F1B, which begins a microbatch's backward pass before others have gone forward: see `Pipeline.loss`.
         """
         run, params = _pure(self.layer, self.remat, in_loop=True)
         pipeline = self._pipeline(run, x, ctx)
         return pipeline.loss(params, x, jax.tree.leaves(ctx), finish, finish_params, of_tokens)
 
     def _pipeline(self, run: "Run", x: Float[Array, "B T D"], ctx: Context) -> Pipeline:
+        assert self.pipeline is not None
         of_ctx = jax.tree.structure(ctx)
 
         def layer(params: Params, x: Array, rows: Rows) -> tuple[Array, Outputs]:
@@ -165,11 +161,13 @@ class SharedKVStack(Module):
     Config = SharedKVStackConfig
 
     def __init__(self, cfg: SharedKVStackConfig, *, rngs: nnx.Rngs):
-        dim = {"input_dim": cfg.input_dim}
-        first = RepeatConfig(**dim, layer=cfg.layer, num_layers=cfg.num_layers - 1, remat=cfg.remat)
-        readers = RepeatConfig(**dim, layer=cfg.reader, num_layers=cfg.num_readers, remat=cfg.remat)
+        dim = cfg.input_dim
+        first = RepeatConfig(input_dim=dim, layer=cfg.layer, num_layers=cfg.num_layers - 1, remat=cfg.remat)
+        readers = RepeatConfig(input_dim=dim, layer=cfg.reader, num_layers=cfg.num_readers, remat=cfg.remat)
         self.first = first.build(rngs=rngs)
-        self.source = cfg.layer.set(**dim).build(rngs=rngs)  # not in the scan: its keys and values come out
+        self.source = cfg.layer.set(input_dim=dim).build(
+            rngs=rngs
+        )  # not in the scan: its keys and values come out
         self.readers = readers.build(rngs=rngs)
         self.remat = cfg.remat
 
