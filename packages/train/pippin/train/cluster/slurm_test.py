@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,13 +142,13 @@ def start_cluster(folder: Path) -> list[subprocess.Popen[bytes]]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+def cluster(request: pytest.FixtureRequest) -> Path:
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing or os.geteuid() != 0:
         why = f"{', '.join(missing)} not installed" if missing else "slurmd needs root"
         pytest.skip(f"{why}: on Debian, as root, apt-get install slurmctld slurmd slurm-client munge")
-    folder = tmp_path_factory.mktemp("slurm")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # short: munge's socket lies in it
     started = start_cluster(folder)
 
     def stop() -> None:
@@ -155,6 +156,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
         for process in reversed(started):
             process.terminate()
             process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
     request.addfinalizer(stop)
     wait_until(lambda: "idle" in said("sinfo", "--noheader", "--format=%t"))
