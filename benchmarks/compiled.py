@@ -137,7 +137,7 @@ def _table(ours: Compiled, plain: Compiled) -> str:
 
 
 def _memory_table() -> str:
-    lines = [f"{'one step over 8,192 tokens':<50}{'planned, GiB':>14}{'peak RSS, GiB':>15}{'step, s':>9}"]
+    lines = [f"{'attention':<13}{'loss':<10}{'planned, GiB':>14}{'peak RSS, GiB':>16}"]
     for attention in ("blockwise", "naive"):
         for loss in ("chunked", "naive"):
             command = [sys.executable, "-P", "-m", "benchmarks.long_sequence", attention, loss]
@@ -147,10 +147,8 @@ def _memory_table() -> str:
                     f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}"
                 )
             found = json.loads(done.stdout)
-            lines.append(
-                f"{attention + ' attention, ' + loss + ' loss':<50}{found['temporary_bytes'] / 2**30:>14.2f}"
-                f"{found['peak_bytes'] / 2**30:>15.2f}{found['step_s']:>9.1f}"
-            )
+            planned, peak = (found[name] / 2**30 for name in ("temporary_bytes", "peak_bytes"))
+            lines.append(f"{attention:<13}{loss:<10}{planned:>14.2f}{peak:>16.2f}")
     return "\n".join(lines) + "\n"
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from pippin.core.config import Config
 from pippin.core.errors import ConfigError
-from pippin.core.module import Module, Params, merge, split
+from pippin.core.module import Module, Params, merge, parameter_infos, split
 from pippin.core.outputs import Outputs, add_collected, add_stacked, collect
 from pippin.core.sharding import constrain, num_shards
 from pippin.layers.context import Cache, Context, LayerOutput
@@ -216,9 +216,13 @@ class ParallelTracks(Module):
     def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
         run, params = _pure(self.track, Remat.NONE, in_loop=False)
 
+        infos = parameter_infos(self.track)
+
         def track(of_track: tuple[Params, Cache]) -> tuple[Array, Cache, Outputs]:
+            # Else the compiler holds the gradients of all tracks whole on each device.
+            params = jax.tree.map(lambda p, info: constrain(p, *info.axes[-p.ndim :]), of_track[0], infos)
             # Not the LayerOutput itself: stacked arrays do not have the shapes that it declares.
-            out, outputs = run(of_track[0], x, ctx, of_track[1])
+            out, outputs = run(params, x, ctx, of_track[1])
             return out.x, out.cache, outputs
 
         # Not a vmap: TPUs have no grouped matmuls with a batch, nor cuDNN a mask that is the same for a batch of calls.
