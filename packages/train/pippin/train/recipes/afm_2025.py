@@ -10,7 +10,7 @@ from pippin.layers.models.afm_server_2025 import afm_server_2025 as server_model
 from pippin.train.input.config import SentencePieceConfig
 from pippin.train.recipe import recipe
 from pippin.train.recipes.afm_on_device_2024 import afm_on_device_2024_core
-from pippin.train.recipes.mesh_rules import HUGE_TRACKS
+from pippin.train.recipes.mesh_rules import HUGE
 from pippin.train.trainer_config import TrainerConfig
 
 
@@ -39,4 +39,4 @@ def afm_server_ptmoe() -> TrainerConfig:
     Hardware: Apple used 8,192 TPU v5p. Text of your own: --data.
     Expect:   unknown.
     """
-    return _core(vocab_size=153_600).set(model=server_model(), mesh_rules=HUGE_TRACKS, steps=1_600_000)
+    return _core(vocab_size=153_600).set(model=server_model(), mesh_rules=HUGE, steps=1_600_000)

@@ -50,6 +50,3 @@ LARGE_8K = _split(_NODES, _SAVED, rows=2)  # rows of 8,192 tokens
 
 # A larger one: its state needs all GPUs, and nothing of its layers is kept.
 HUGE = _split(SetMeshConfig(fsdp=-1), _FULL, rows=4)
-
-# One of tracks and experts: the backward pass of a block holds what all of its tracks made.
-HUGE_TRACKS = _split(SetMeshConfig(fsdp=-1), _FULL, rows=1)
