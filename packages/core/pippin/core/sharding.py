@@ -108,8 +108,9 @@ def on_shards(
 ) -> Callable[..., Any]:
     """`f`, run on each device with its part of the arguments; `f` itself where there is nothing to split.
 
-    Within `f`, collectives (`jax.lax.psum`, `ppermute`) name the mesh axes `over`. The compiler goes on
-    splitting over the others. Calls nest, over other axes each.
+    Within `f`, collectives (`jax.lax.psum`, `ppermute`) may name the mesh axes `over`, unless these have one device
+    together (`num_shards` tells). The compiler goes on splitting over the others. Calls nest, over other axes each. The
+    caller sees to it that the parts are of one size.
 
     Args:
         f: the function.

@@ -9,12 +9,12 @@ from jaxtyping import Array, Float, Int
 
 from pippin.core.batch import Batch
 from pippin.core.module import Module, merge, split
-from pippin.core.outputs import collect
+from pippin.core.outputs import add_collected, collect
 from pippin.core.sharding import constrain, num_shards
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.context import Cache, Context
 from pippin.layers.loss import chunked_cross_entropy
-from pippin.layers.pipeline import Finish
+from pippin.layers.pipeline_1f1b import Finish
 from pippin.layers.stack import Repeat
 from pippin.layers.stack_config import PipelineSchedule
 
@@ -62,17 +62,18 @@ class CausalLM(Module):
         weight = jnp.sum(batch["loss_weights"])
         divisor = jnp.where(weight > 0, weight, 1.0)
         finish, params = self._finish()
-        if self._schedule() is PipelineSchedule.ONE_F_ONE_B:
-            of_tokens = batch["targets"], batch["loss_weights"] / divisor
-            loss, sums, outputs = self.decoder.loss(
-                self._embedded(batch["tokens"]), ctx, finish, params, of_tokens
-            )
-        else:
-            with collect() as outputs:
-                decoded = self.decoder(self._embedded(batch["tokens"]), ctx).x
-            total, sums = finish(params, decoded, (batch["targets"], batch["loss_weights"]))
-            loss = total / divisor + outputs.total_loss().astype(total.dtype)
-            sums = jax.tree.map(lambda s: s / divisor, sums)
+        with collect() as outputs:
+            embedded = self._embedded(batch["tokens"])
+            if self._schedule() is PipelineSchedule.ONE_F_ONE_B:
+                of_tokens = batch["targets"], batch["loss_weights"] / divisor
+                loss, sums, reports = self.decoder.loss(embedded, ctx, finish, params, of_tokens)
+                loss += outputs.total_loss().astype(loss.dtype)  # so far the embedding's
+                add_collected(reports)
+            else:
+                decoded = self.decoder(embedded, ctx).x
+                total, sums = finish(params, decoded, (batch["targets"], batch["loss_weights"]))
+                loss = total / divisor + outputs.total_loss().astype(total.dtype)
+                sums = jax.tree.map(lambda s: s / divisor, sums)
         metrics = {
             "cross_entropy": sums.cross_entropy,
             "z_loss": self.z_loss * sums.squared_normaliser,
@@ -112,12 +113,13 @@ class CausalLM(Module):
         Its other argument is (targets, weights). Losses and sums are of all tokens, each times its weight.
         """
         (norm, norm_params), (head, head_params) = split(self.norm), split(self._head())
-        shards = num_shards("batch", "sequence") * (num_shards("layers") if self._schedule() else 1)
 
         def logits(params: Any, hidden: Array) -> Array:
             return self._logits(merge(head, params), hidden)
 
         def finish(params: Any, decoded: Array, of_tokens: tuple[Array, Array]) -> Any:
+            # Asked here: on a device of a pipeline, its tokens are what there is.
+            shards = num_shards("batch", "sequence") * (num_shards("layers") if self._schedule() else 1)
             return chunked_cross_entropy(
                 logits,
                 params[1],

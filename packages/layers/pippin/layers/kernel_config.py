@@ -224,7 +224,7 @@ class RingKernelConfig(
 ):
     """Attention over sequences that the mesh splits: keys and values go round the devices, and no device has all."""
 
-    block_size: int = 512  # queries of a device that meet its keys at a time
+    block_size: int = 512  # at most so many queries of a device meet its keys at a time
 
     def validate(self) -> None:
         if self.block_size < 1:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from pippin.core.module import Module
 from pippin.core.sharding import mesh_axes_of, num_shards, on_shards
 from pippin.layers.context import Context, KeyValues
+from pippin.layers.indexing import item, with_item
 from pippin.layers.kernel import Logits, attention_shape, attention_specs, visible
 from pippin.layers.kernel_config import RingKernelConfig, choose
 from pippin.layers.precision import at_least_float32
@@ -72,7 +73,7 @@ class _Ring:
     def balance(self, tree: Any) -> Any:
         """Parts i and 2 c - 1 - i on device i, [2, B, t, ...], of parts 2 i and 2 i + 1, [B, 2 t, ...]."""
         halves = jax.tree.map(lambda a: jnp.stack(jnp.split(a, 2, axis=1)), tree)
-        first, second = (self._send(_at(halves, i), self._owners(i)) for i in range(2))
+        first, second = (self._send(item(halves, i), self._owners(i)) for i in range(2))
         even = jax.lax.axis_index(self.axes) % 2 == 0
         return jax.tree.map(lambda a, b: jnp.where(even, jnp.stack([a, b]), jnp.stack([b, a])), first, second)
 
@@ -153,10 +154,12 @@ def _forward(ring: _Ring, q: Array, k: Array, v: Array, sinks: Array, tokens: _T
         return state
 
     def turn(state: Any, i: Array, keys: Any) -> Any:
-        early = _at(state, 1), (_at(q, 1), _at(tokens, 1))
-        state = _put(state, 1, meet(*early, _at(keys, 0)))
+        early = item(state, 1), (item(q, 1), item(tokens, 1))
+        state = with_item(state, 1, meet(*early, item(keys, 0)))
         half = _same_half(ring, i)
-        return _put(state, half, meet(_at(state, half), (_at(q, half), _at(tokens, half)), _at(keys, half)))
+        return with_item(
+            state, half, meet(item(state, half), (item(q, half), item(tokens, half)), item(keys, half))
+        )
 
     def body(carry: Any, i: Array) -> Any:
         state, keys = carry
@@ -164,7 +167,7 @@ def _forward(ring: _Ring, q: Array, k: Array, v: Array, sinks: Array, tokens: _T
         return (turn(state, i, keys), keys), None
 
     keys = (k, v, tokens)
-    state = _put(state, 0, meet(_at(state, 0), (q[0], _at(tokens, 0)), _at(keys, 0)))
+    state = with_item(state, 0, meet(item(state, 0), (q[0], item(tokens, 0)), item(keys, 0)))
     state = turn(state, jnp.zeros((), jnp.int32), keys)
     (state, _), _ = jax.lax.scan(body, (state, keys), jnp.arange(1, ring.size, dtype=jnp.int32))
     top, total, out = state
@@ -212,11 +215,11 @@ def _backward(ring: _Ring, saved: Any, of_out: Array) -> Any:
         return _over_blocks(ring, block, of_keys, (of_q, queries))
 
     def turn(of_q: Array, of_keys: Any, i: Array, keys: Any) -> Any:
-        new, late = meet(of_q[1], _at(of_keys, 0), _at(queries, 1), _at(keys, 0))
-        of_keys, of_q = _put(of_keys, 0, new), _put(of_q, 1, late)
+        new, late = meet(of_q[1], item(of_keys, 0), item(queries, 1), item(keys, 0))
+        of_keys, of_q = with_item(of_keys, 0, new), with_item(of_q, 1, late)
         half = _same_half(ring, i)
-        new, of_half = meet(_at(of_q, half), _at(of_keys, half), _at(queries, half), _at(keys, half))
-        return _put(of_q, half, of_half), _put(of_keys, half, new)
+        new, of_half = meet(item(of_q, half), item(of_keys, half), item(queries, half), item(keys, half))
+        return with_item(of_q, half, of_half), with_item(of_keys, half, new)
 
     def body(carry: Any, i: Array) -> Any:
         of_q, of_keys, keys = carry
@@ -225,8 +228,8 @@ def _backward(ring: _Ring, saved: Any, of_out: Array) -> Any:
 
     keys = (k, v, tokens)
     of_q, of_keys = jnp.zeros(q.shape, wide), (jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide))
-    new, early = meet(of_q[0], _at(of_keys, 0), _at(queries, 0), _at(keys, 0))
-    of_keys, of_q = _put(of_keys, 0, new), _put(of_q, 0, early)
+    new, early = meet(of_q[0], item(of_keys, 0), item(queries, 0), item(keys, 0))
+    of_keys, of_q = with_item(of_keys, 0, new), with_item(of_q, 0, early)
     of_q, of_keys = turn(of_q, of_keys, jnp.zeros((), jnp.int32), keys)
     (of_q, of_keys, _), _ = jax.lax.scan(
         body, (of_q, of_keys, keys), jnp.arange(1, ring.size, dtype=jnp.int32)
@@ -262,7 +265,8 @@ def _logits(ring: _Ring, q: Array, of_q: _Tokens, k: Array, of_k: _Tokens) -> tu
 def _over_blocks(ring: _Ring, f: Any, carry: Any, queries: Any) -> Any:
     """`f(carry, block)` -> (carry, result) over blocks of queries, [B, t, ...]: the last carry, and all results."""
     length = jax.tree.leaves(queries)[0].shape[1]
-    count = length // ring.block_size if length % ring.block_size == 0 else 1
+    size = next(n for n in range(min(ring.block_size, length), 0, -1) if length % n == 0)
+    count = length // size
 
     def apart(a: Array) -> Array:
         return jnp.moveaxis(a.reshape(a.shape[0], count, -1, *a.shape[2:]), 1, 0)
@@ -272,11 +276,3 @@ def _over_blocks(ring: _Ring, f: Any, carry: Any, queries: Any) -> Any:
 
     carry, results = jax.lax.scan(f, carry, jax.tree.map(apart, queries))
     return carry, jax.tree.map(together, results)
-
-
-def _at(tree: Any, i: Any) -> Any:
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
-
-
-def _put(tree: Any, i: Any, value: Any) -> Any:
-    return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0), tree, value)

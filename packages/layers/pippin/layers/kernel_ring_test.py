@@ -68,7 +68,7 @@ def test_a_ring_computes_what_one_device_does(case: str, mesh: str):
     expected = _gradients(ReferenceKernelConfig(), **options)(*_ARGS)
     cfg = _MESHES[mesh]
     with use_mesh(cfg, cfg.make(jax.devices()[:4])):
-        got = _gradients(RingKernelConfig(block_size=3), **options)(*_ARGS)
+        got = _gradients(RingKernelConfig(block_size=4), **options)(*_ARGS)
     jax.tree.map(assert_exact, got, expected)
 
 

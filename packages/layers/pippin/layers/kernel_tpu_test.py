@@ -92,6 +92,25 @@ def test_a_pipeline_is_compiled_with_splash_in_its_stages(schedule):
         attention=_ATTENTION, feed_forward=configs.FeedForwardConfig(hidden_dim=256)
     )
     pipeline = configs.PipelineConfig(schedule=schedule, microbatches=4, rounds=2)
-    stack = configs.RepeatConfig(input_dim=256, num_layers=4, layer=layer, pipeline=pipeline)
-    program = _compiled(stack, "v5e:2x2", jnp.bfloat16, MeshConfig(pipeline=2, fsdp=2), length=256).as_text()
+    stack = configs.RepeatConfig(num_layers=4, layer=layer, pipeline=pipeline, remat=configs.Remat.FULL)
+    cfg = configs.CausalLMConfig(
+        vocab_size=512, dim=256, decoder=stack, activation_dtype=configs.FloatType.BFLOAT16
+    )
+    mesh_config = MeshConfig(data=1, pipeline=2, fsdp=2)
+    mesh = mesh_config.make(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
+
+    def abstract(shape: Any, dtype: Any, axes: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_config.sharding(mesh, axes, shape))
+
+    model = nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda i: abstract(i.shape, jnp.float32, i.axes), parameter_infos(model))
+    definition, _ = split(model)
+    names = ("tokens", "targets", "positions", "segment_ids", "loss_weights")
+    kinds = [jnp.int32] * 4 + [jnp.float32]
+    batch = {n: abstract((_B, 256), k, ("batch", "sequence")) for n, k in zip(names, kinds, strict=True)}
+    with use_mesh(mesh_config, mesh):
+        lowered = jax.jit(jax.grad(lambda p, b: merge(definition, p).loss(b)[0])).lower(params, batch)
+    # Only 1F1B begins a loss in some ticks and not in others.
+    assert ("stablehlo.case" in lowered.as_text()) == (schedule is configs.PipelineSchedule.ONE_F_ONE_B)
+    program = lowered.compile().as_text()
     assert "splash_mha" in program and "collective-permute" in program

@@ -136,11 +136,16 @@ class MoE(Module):
         experts = jnp.where(here, chosen - first, num_experts).reshape(-1)
         by_expert = jnp.argsort(experts, stable=True)
         sizes = jnp.bincount(experts, length=num_experts + 1)[:num_experts].astype(jnp.int32)
-        visits = _permute(jnp.repeat(tokens, self.top_k, axis=0), by_expert)
-        hidden = self.gate(gate_proj(visits, sizes), up_proj(visits, sizes))
-        results = _permute(down_proj(hidden, sizes), jnp.argsort(by_expert)).reshape(*chosen.shape, -1)
-        results = jnp.where(here[..., None], results, 0.0)
-        out = jnp.einsum("MkD,Mk->MD", results, weights)
+
+        def counted(rows: Array) -> Array:
+            # What a grouped product makes of rows in no group is left open, and so are their gradients.
+            count = jnp.sum(sizes)
+            return jnp.where(jnp.arange(rows.shape[0])[:, None] < count, rows, 0.0) if axes else rows
+
+        visits = counted(_permute(jnp.repeat(tokens, self.top_k, axis=0), by_expert))
+        hidden = counted(self.gate(gate_proj(visits, sizes), up_proj(visits, sizes)))
+        results = _permute(counted(down_proj(hidden, sizes)), jnp.argsort(by_expert))
+        out = jnp.einsum("MkD,Mk->MD", results.reshape(*chosen.shape, -1), weights)
         if axes:
             out = jax.lax.psum_scatter(out, axes, tiled=True)
         return out.reshape(x.shape)

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pippin.core.config_tree import replace
+from pippin.core.config_tree import override, replace
 from pippin.core.errors import ConfigError
 from pippin.core.module import merge, parameter_infos
 from pippin.core.sharding import MeshConfig, use_mesh
 from pippin.layers import configs
-from pippin.layers.pipeline import _moves
+from pippin.layers.pipeline_moves import moves
 from pippin.layers.stack_config import PipelineConfig, PipelineSchedule, Remat
-from pippin.layers.testing import assert_exact, float64_fixture, parts, positions
+from pippin.layers.testing import assert_exact, equations, float64_fixture, parts, positions
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 4, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=4"
@@ -147,6 +147,43 @@ def test_1f1b_keeps_less_and_both_send_activations_alone():
         assert len(gathered) == 1 and gathered[0].endswith("1,256,8")
 
 
+@pytest.mark.parametrize("remat", [Remat.NONE, Remat.FULL])
+def test_gpipe_keeps_no_copy_of_the_parameters_for_each_tick(remat: Remat):
+    run, params = _gradients(
+        _model(8, PipelineConfig(schedule=_GPIPE, microbatches=4, rounds=2), remat=remat)
+    )
+    mesh = MeshConfig(data=2, pipeline=2)
+    with use_mesh(mesh, mesh.make(jax.devices()[:4])):
+        program = jax.make_jaxpr(run)(params, _BATCH)
+    weights = {a.shape[1:] for a in jax.tree.leaves(params["decoder"])}
+    kept = [
+        out.aval.shape
+        for equation in equations(program.jaxpr)
+        if equation.primitive.name == "scan" and equation.params["length"] == 4 * 2 + 1
+        for out in equation.outvars
+    ]
+    assert kept and not [shape for shape in kept if shape[0] == 9 and shape[2:] in weights]
+
+
+@pytest.mark.parametrize("schedule", PipelineSchedule)
+def test_bfloat16_activations_that_are_computed_again_train_alike(schedule: PipelineSchedule):
+    pipeline = PipelineConfig(schedule=schedule, rounds=2, microbatches=4)
+    cfg = _model(8, pipeline, remat=Remat.FULL).set(activation_dtype=configs.FloatType.BFLOAT16)
+    mesh_config = MeshConfig(data=1, pipeline=2, tensor=2)
+    cfg = override(cfg, {"decoder.layer.attention.num_kv_heads": 2})
+    m = parts(cfg, dtype=jnp.float32)
+    step = jax.jit(jax.value_and_grad(lambda p, b: merge(m.definition, p).loss(b)[0]))
+    batch = {n: jnp.asarray(a, jnp.float32 if a.dtype == np.float64 else a.dtype) for n, a in _BATCH.items()}
+    expected = step(m.params, batch)
+    with use_mesh(mesh_config, mesh_config.make(jax.devices()[:4])):
+        got = jax.jit(jax.value_and_grad(lambda p, b: merge(m.definition, p).loss(b)[0]))(m.params, batch)
+    # Two orders of the same bfloat16 sums: 8 bits, through 8 layers.
+    np.testing.assert_allclose(got[0], expected[0], rtol=0.01)
+    for ours, theirs in zip(jax.tree.leaves(got[1]), jax.tree.leaves(expected[1]), strict=True):
+        assert ours.dtype == jnp.float32
+        assert np.linalg.norm(ours - theirs) < 0.1 * np.linalg.norm(theirs)
+
+
 @pytest.mark.parametrize(
     ("layers", "config", "message"),
     [
@@ -174,7 +211,7 @@ def test_without_a_pipeline_axis_the_config_changes_nothing():
 def test_every_stage_gets_to_its_device(stages: int, rounds: int):
     held = {device: [device * rounds + i for i in range(rounds)] for device in range(stages)}
     got: dict[int, dict[int, int]] = {device: {} for device in range(stages)}
-    for move in _moves(stages, rounds):
+    for move in moves(stages, rounds):
         assert sorted(move.to) == list(range(stages))
         for device, receiver in enumerate(move.to):
             got[receiver][move.round[receiver]] = held[device][move.block[device]]

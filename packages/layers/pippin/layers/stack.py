@@ -18,8 +18,10 @@ from pippin.core.errors import ConfigError
 from pippin.core.module import Module, Params, merge, parameter_infos, split
 from pippin.core.outputs import Outputs, add_collected, add_stacked, collect
 from pippin.core.sharding import constrain, num_shards
+from pippin.layers import pipeline_1f1b
 from pippin.layers.context import Cache, Context, LayerOutput
-from pippin.layers.pipeline import Finish, Pipeline, Rows
+from pippin.layers.pipeline import Pipeline, Rows
+from pippin.layers.pipeline_1f1b import Finish
 from pippin.layers.stack_config import (
     ParallelTracksConfig,
     PipelineSchedule,
@@ -132,11 +134,14 @@ class Repeat(Module):
     ) -> tuple[Float[Array, ""], Any, Outputs]:
         """What `finish` makes of the result plus what layers report, sums for the log, and the reports.
 
-        For 1F1B, which begins a microbatch's backward pass before others have gone forward: see `Pipeline.loss`.
+        For 1F1B, which begins a microbatch's backward pass before others have gone forward: see `pipeline_1f1b.loss`.
+
+        Raises:
+            ConfigError: the layers, the rows or the tokens cannot be split so.
         """
         run, params = _pure(self.layer, self.remat, in_loop=True)
         pipeline = self._pipeline(run, x, ctx)
-        return pipeline.loss(params, x, jax.tree.leaves(ctx), finish, finish_params, of_tokens)
+        return pipeline_1f1b.loss(pipeline, params, x, jax.tree.leaves(ctx), finish, finish_params, of_tokens)
 
     def _pipeline(self, run: "Run", x: Float[Array, "B T D"], ctx: Context) -> Pipeline:
         assert self.pipeline is not None
@@ -207,15 +212,14 @@ class ParallelTracks(Module):
 
     def __init__(self, cfg: ParallelTracksConfig, *, rngs: nnx.Rngs):
         self.track = _build_stacked(cfg.layer.set(input_dim=cfg.input_dim), cfg.num_tracks, "tracks", rngs)
-        self.num_tracks = cfg.num_tracks
+        self.num_tracks, self.remat = cfg.num_tracks, cfg.remat
 
     def init_cache(self, batch_size: int, max_len: int, dtype: jnp.dtype) -> Cache:
         """An empty cache of each track, stacked."""
         return _repeat_cache(self.track.init_cache(batch_size, max_len, dtype), self.num_tracks)
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
-        run, params = _pure(self.track, Remat.NONE, in_loop=False)
-
+        run, params = _pure(self.track, self.remat, in_loop=True)
         infos = parameter_infos(self.track)
 
         def track(of_track: tuple[Params, Cache]) -> tuple[Array, Cache, Outputs]:

@@ -92,6 +92,7 @@ class ParallelTracksConfig(Config, implementation="pippin.layers.stack:ParallelT
     input_dim: Required[int] = REQUIRED
     layer: Annotated[Config, Slot("layer")] = TransformerLayerConfig()
     num_tracks: Required[int] = REQUIRED
+    remat: Remat = Remat.NONE
 
     def validate(self) -> None:
         _require_at_least(self, "num_tracks", 1)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from pippin.core.config_tree import override, replace
 from pippin.layers.feed_forward_config import FeedForwardConfig
+from pippin.layers.kernel_select import record_choices
 from pippin.layers.moe_config import MoEConfig
 from pippin.train.step import TrainState, make_step
 from pippin.train.toy import CountingInput, toy_config
@@ -92,7 +94,10 @@ def test_a_mesh_trains_what_one_device_trains(mesh: str, schedule: str | None) -
         changes["model.decoder.pipeline.microbatches"] = str(_MICROBATCHES)
     trainer = _config(experts="expert" in sizes, changes=changes).build(held_out=lambda most, task: ())
     state = trainer.init(CountingInput(trainer.cfg.input).tokenizer_dir)
-    state, losses = _train(trainer, state, trainer.compile(), trainer.place)
+    with record_choices() as choices:
+        step = trainer.compile()
+    _require_its_own_way(sizes, {choice.kernel for choice in choices}, step.as_text())
+    state, losses = _train(trainer, state, step, trainer.place)
     expected, expected_losses = _one_device("expert" in sizes, schedule is not None)
     # Sums over 8 devices are added in another order: a few float32 roundings in each of three steps.
     np.testing.assert_allclose(losses, expected_losses, rtol=2e-6)
@@ -100,6 +105,15 @@ def test_a_mesh_trains_what_one_device_trains(mesh: str, schedule: str | None) -
     # is almost zero moves a parameter as far as any other. Noise is of the size of what was added up.
     for ours, theirs in zip(_gradients(state), _gradients(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * float(np.max(np.abs(theirs))))
+
+
+def _require_its_own_way(sizes: dict[str, int], kernels: set[str], program: str) -> None:
+    """Raises unless sequences, pipelines and experts are what runs, and not what the compiler makes of the plain model."""
+    assert ("RingKernel" in kernels) == ("sequence" in sizes)
+    if "sequence" in sizes or "pipeline" in sizes:
+        assert "collective-permute" in program
+    if "expert" in sizes:
+        assert re.search(r"op_name=\"[^\"]*shard_map/(psum_scatter|reduce_scatter)", program)
 
 
 def _gradients(state: TrainState) -> list[np.ndarray]:

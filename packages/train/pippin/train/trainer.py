@@ -14,6 +14,7 @@ from flax import nnx
 from pippin.core.batch import Batch
 from pippin.core.errors import ConfigError, ShardingError
 from pippin.core.module import Params, flatten_params, parameter_infos, split, unflatten_params
+from pippin.core.registry import component_name
 from pippin.core.sharding import use_mesh
 from pippin.core.tokenizer import tokenizer_digest
 from pippin.layers.model_files import open_model
@@ -46,6 +47,7 @@ class Trainer:
         self.cfg = cfg
         self.mesh = cfg.mesh.make(devices)
         _require_even_batch(cfg, self.mesh)
+        _require_pipeline(cfg, self.mesh)
         abstract = nnx.eval_shape(lambda: cfg.model.build(rngs=nnx.Rngs(0)))
         self.definition, shapes = split(abstract)
         self.infos = parameter_infos(abstract)
@@ -203,4 +205,15 @@ def _require_even_batch(cfg: TrainerConfig, mesh: jax.sharding.Mesh) -> None:
             f"input.batch_size ({cfg.input.batch_size}) must be a multiple of {ways}: the mesh splits it over "
             f"{ways // cfg.learner.microbatches} devices, and the learner into {cfg.learner.microbatches} microbatches. "
             f"Set input.batch_size to a multiple of {ways}, or make the mesh smaller."
+        )
+
+
+def _require_pipeline(cfg: TrainerConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises `ConfigError` unless the devices of a pipeline axis have different things to do."""
+    decoder, devices = cfg.model.decoder, mesh.shape["pipeline"]
+    if devices > 1 and getattr(decoder, "pipeline", None) is None:
+        raise ConfigError(
+            f"the mesh has {devices} devices on its pipeline axis, and model.decoder ({component_name(type(decoder))}) has no "
+            "pipeline: they would all compute the same. Give a Repeat one (--set model.decoder.pipeline=Pipeline --set "
+            f"model.decoder.pipeline.microbatches={4 * devices}; in a mesh rule, SetPipeline), or set mesh.pipeline=1."
         )

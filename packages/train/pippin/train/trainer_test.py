@@ -41,3 +41,10 @@ def test_two_evaluators_of_one_name_are_refused() -> None:
     cfg = toy_config()
     with pytest.raises(ConfigError, match="a name of its own"):
         cfg.set(evaluators=cfg.evaluators * 2).build(held_out=lambda most, task: ())
+
+
+def test_a_pipeline_axis_whose_devices_would_all_do_the_same_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"2 devices on its pipeline axis, and model.decoder \(Repeat\) has no pipeline"
+    ):
+        toy_trainer(data=4, pipeline=2)

@@ -58,10 +58,12 @@ def _parts(name: str, params: Any) -> tuple[int, list[Flops]]:
     """How often a primitive runs what it holds, and the operations of that."""
     if name == "cond":
         return 1, [max((matmul_flops(branch.jaxpr) for branch in params["branches"]), key=lambda f: f.total)]
-    # Each device runs what is inside a shard_map, on its own part.
-    times = {"scan": lambda: params["length"], "shard_map": lambda: params["mesh"].size}.get(
-        name, lambda: 1
-    )()
+    times = 1
+    if name == "scan":
+        times = params["length"]
+    elif name == "shard_map":
+        # What is inside runs once for each part over its own axes; over others, it is still of the whole.
+        times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     return times, [matmul_flops(inner) for inner in _inner(params)]
 
 

@@ -56,7 +56,21 @@ def test_a_kernel_counts_as_often_as_its_grid_is_long() -> None:
 
 
 def test_every_device_runs_what_is_inside_a_shard_map() -> None:
-    spec = jax.sharding.PartitionSpec
-    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
-    split = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec("data"))
-    assert function_flops(split, jnp.ones((6, 4)), jnp.ones((4, 5))) == (mesh.size * 2 * 6 * 4 * 5, 0.0)
+    spec, auto = jax.sharding.PartitionSpec, (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((2, 4), ("rows", "columns"), axis_types=auto)
+
+    def columns(a: jax.Array, b: jax.Array) -> jax.Array:
+        inner = jax.shard_map(
+            jnp.matmul,
+            in_specs=(spec(), spec(None, "columns")),
+            out_specs=spec(None, "columns"),
+            axis_names={"columns"},
+        )
+        return inner(a, b) if nested else a @ b
+
+    for nested in (False, True):
+        split = jax.shard_map(
+            columns, mesh=mesh, in_specs=(spec("rows"), spec()), out_specs=spec("rows"), axis_names={"rows"}
+        )
+        # However it is divided: the whole product.
+        assert function_flops(split, jnp.ones((6, 4)), jnp.ones((4, 8))) == (2 * 6 * 4 * 8, 0.0)

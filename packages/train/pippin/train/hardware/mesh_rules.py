@@ -116,8 +116,18 @@ class SetPipeline:
         self._cfg = cfg
 
     def __call__(self, cfg: Any, target: Target) -> Any:
-        """The config with the schedule wherever one can be set."""
-        return _set_everywhere(cfg, "pipeline", self._cfg.pipeline, target)
+        """The config with the schedule wherever one can be set.
+
+        Raises:
+            ConfigError: no stack of the model can be a pipeline.
+        """
+        changed = _set_everywhere(cfg, "pipeline", self._cfg.pipeline, target)
+        if changed == cfg:
+            raise ConfigError(
+                f"SetPipeline: the mesh rule for {target.name} makes a pipeline, and the model's decoder has no Repeat that "
+                "could be one. Leave the modifier out of the rule."
+            )
+        return changed
 
 
 class SetAccumulation:
@@ -130,12 +140,18 @@ class SetAccumulation:
 
     def __call__(self, cfg: Any, target: Target) -> Any:
         """The config with as many microbatches as are needed."""
-        rows = cfg.input.batch_size // cfg.mesh.ways("batch", cfg.mesh.shape(target.num_devices))
-        microbatches = next(
-            (n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= self._cfg.rows_per_device), 1
-        )
+        shape = cfg.mesh.shape(target.num_devices)
+        rows = cfg.input.batch_size // cfg.mesh.ways("batch", shape)
+        # A pipeline takes its microbatches of what the learner gives it, and has a few of them at a time.
+        most = self._cfg.rows_per_device * (_pipeline_microbatches(cfg) if shape["pipeline"] > 1 else 1)
+        microbatches = next((n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most), 1)
         _require_free(cfg.learner, "microbatches", microbatches, "learner.microbatches", target)
         return cfg.set(learner=cfg.learner.set(microbatches=microbatches))
+
+
+def _pipeline_microbatches(cfg: Any) -> int:
+    pipeline = getattr(cfg.model.decoder, "pipeline", None)
+    return 1 if pipeline is None else pipeline.microbatches
 
 
 def _set_everywhere(cfg: Any, field: str, value: Any, target: Target) -> Any:

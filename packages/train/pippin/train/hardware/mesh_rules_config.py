@@ -49,7 +49,10 @@ class SetPipelineConfig(
 class SetAccumulationConfig(
     Config, implementation="pippin.train.hardware.mesh_rules:SetAccumulation", provides="modifier"
 ):
-    """Gradient accumulation: as few microbatches as leave each device at most so many rows at a time."""
+    """Gradient accumulation: as few microbatches as leave each device at most so many rows at a time.
+
+    In a pipeline, these are the rows of one of its microbatches.
+    """
 
     rows_per_device: int = 1
 
