@@ -3,11 +3,12 @@
 With S devices and v rounds, the layers are S * v stages, and stage k is on device k % S: a microbatch goes round all
 devices v times. Within a tick, every device computes one stage of one microbatch, forward, backward, or both.
 
-- GPipe (`Pipeline`) runs all microbatches forward; the backward pass is the reverse. A device keeps what it needs of all.
+- GPipe (`Pipeline`) runs all microbatches forward; the backward pass is the reverse. A device keeps its stages' inputs
+  of all microbatches.
 - 1F1B (`pipeline_1f1b`) begins a microbatch's backward pass as soon as it has gone through all stages. With v > 1 it is
   the interleaved 1F1B.
 
-Both wait for (S - 1) / v of M microbatches' time.
+Both compute each stage again on the way back, and wait for (S - 1) / v of M microbatches' time.
 
 Source: Huang et al. 2018, arXiv:1811.06965 (GPipe); Narayanan et al. 2021, arXiv:2104.04473, section 2.2 (interleaved stages).
 """
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -29,12 +29,12 @@ from pippin.core.outputs import Outputs
 from pippin.core.sharding import mesh_axes_of, num_shards, on_shards, shard_spec
 from pippin.layers.indexing import item, with_item
 from pippin.layers.pipeline_moves import moves
+from pippin.layers.precision import at_least_float32
 from pippin.layers.stack_config import PipelineConfig
 
 Rows = Any  # a tree of arrays [B, ...], or split into microbatches, [M, B / M, ...]
 # (parameters of a layer, x, the arrays of its context) -> (x, what the layer reports)
 Layer = Callable[[Params, Array, Rows], tuple[Array, Outputs]]
-_SLICE = "stage"  # the parameters of one of a device's stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +88,13 @@ class Pipeline:
         divides = length % self.devices == 0
         out_specs = (self.spec(None, None, "layers", None) if divides else PartitionSpec(), PartitionSpec())
         run = on_shards(
-            functools.partial(self._gpipe, scatter=divides),
+            functools.partial(self._gpipe, dtype=x.dtype, share=divides),
             (self.spec("layers"), PartitionSpec(), PartitionSpec()),
             out_specs,
             over=self.axes,
         )
-        out, outputs = run(params, self.split(x), self.split(ctx))
+        # The gradient of what all devices have is a sum over them.
+        out, outputs = run(params, self.split(x.astype(at_least_float32(x.dtype))), self.split(ctx))
         return self.join(out), outputs
 
     def spec(self, *axes: str | None) -> PartitionSpec:
@@ -164,16 +165,29 @@ class Pipeline:
         first = (jax.lax.axis_index(self.axes) == 0) & (work.round == 0)
         return jnp.where(first, item(x, work.microbatch), arrived)
 
-    def _gpipe(self, params: Params, x: Array, ctx: Rows, *, scatter: bool) -> tuple[Array, Outputs]:
-        rounds = self.rounds_of(params)
+    def shared(self, x: Float[Array, "*b T D"]) -> Float[Array, "*b t D"]:
+        """What the last device has, each device its share of the tokens."""
+        parts = x.reshape(*x.shape[:-2], self.devices, -1, x.shape[-1])
+        # Not a sum of zeros and it: that would round, and XLA's CPU compiler fails on sums of bfloat16 here.
+        return jax.lax.all_to_all(jnp.moveaxis(parts, -3, 0), self.axes, 0, 0)[-1]
+
+    def total(self, tree: Any) -> Any:
+        """Sums over the devices, in float32 or wider."""
+        return jax.tree.map(
+            lambda a: jax.lax.psum(a.astype(at_least_float32(a.dtype)), self.axes).astype(a.dtype), tree
+        )
+
+    def _gpipe(
+        self, params: Params, x: Array, ctx: Rows, *, dtype: Any, share: bool
+    ) -> tuple[Array, Outputs]:
+        rounds, x = self.rounds_of(params), x.astype(dtype)
         device = jax.lax.axis_index(self.axes)
 
-        # The backward pass takes a stage's parameters from where they are: it would keep a copy for each tick.
-        @functools.partial(
-            jax.checkpoint, policy=jax.checkpoint_policies.save_anything_except_these_names(_SLICE)
-        )
+        # All of a stage is computed again in the backward pass: what else a tick would keep has a copy of the stage's
+        # parameters, which depend on the tick.
+        @jax.checkpoint
         def stage(rounds: Params, index: Array, x: Array, ctx: Rows) -> tuple[Array, Outputs]:
-            return self.stage(checkpoint_name(item(rounds, index), _SLICE), x, ctx)
+            return self.stage(item(rounds, index), x, ctx)
 
         def tick(arrived: Array, t: Array) -> Any:
             work = self.work(t - device)
@@ -185,16 +199,13 @@ class Pipeline:
         _, (outs, outputs) = jax.lax.scan(tick, jnp.zeros_like(x[0]), jnp.arange(count, dtype=jnp.int32))
         last = self.devices - 1
         ends = Work(True, jnp.arange(self.microbatches, dtype=jnp.int32), self.rounds - 1)
-        outs = jnp.where(device == last, outs[self.tick(ends, last)], 0.0)
-        if scatter:
-            outs = jax.lax.psum_scatter(outs, self.axes, scatter_dimension=2, tiled=True)
-        else:
-            outs = jax.lax.psum(outs, self.axes)
+        outs = outs[self.tick(ends, last)]
+        outs = self.shared(outs) if share else self.total(jnp.where(device == last, outs, 0.0))
         return outs, self.all_outputs(jax.tree.map(lambda a: jnp.sum(a, axis=0), outputs))
 
     def all_outputs(self, outputs: Outputs) -> Outputs:
         """The reports of all devices: of losses, their mean over microbatches."""
-        outputs = jax.lax.psum(outputs, self.axes)
+        outputs = self.total(outputs)
         return dataclasses.replace(
             outputs, losses={name: value / self.microbatches for name, value in outputs.losses.items()}
         )

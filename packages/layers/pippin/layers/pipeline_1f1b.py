@@ -152,9 +152,7 @@ class _Device:
             tick = functools.partial(self._tick, onward=onward, back=back)
             carry, _ = jax.lax.scan(tick, carry, jnp.arange(start, stop, dtype=jnp.int32))
         outputs = p.all_outputs(carry.outputs)
-        total, sums, of_finish, of_x = jax.lax.psum(
-            (carry.loss, carry.sums, carry.of_finish, carry.of_x), p.axes
-        )
+        total, sums, of_finish, of_x = p.total((carry.loss, carry.sums, carry.of_finish, carry.of_x))
         total += outputs.total_loss().astype(total.dtype)
         return (total, sums, outputs), (carry.of_rounds, of_finish, of_x)
 
@@ -202,8 +200,7 @@ class _Device:
         Each device does it for some tokens: all but the last gradient are of these.
         """
         p = self.pipeline
-        last = jnp.where(self.index == p.devices - 1, out, 0.0)
-        mine = jax.lax.psum_scatter(last, p.axes, scatter_dimension=1, tiled=True)
+        mine = p.shared(out)
         size = mine.shape[1]
         of_mine = jax.tree.map(
             lambda a: jax.lax.dynamic_slice_in_dim(a, self.index * size, size, axis=1), of_tokens

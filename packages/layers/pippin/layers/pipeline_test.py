@@ -15,7 +15,7 @@ from flax import nnx
 
 from pippin.core.config_tree import override, replace
 from pippin.core.errors import ConfigError
-from pippin.core.module import merge, parameter_infos
+from pippin.core.module import merge, parameter_infos, split
 from pippin.core.sharding import MeshConfig, use_mesh
 from pippin.layers import configs
 from pippin.layers.pipeline_moves import moves
@@ -138,13 +138,13 @@ def test_1f1b_keeps_less_and_both_send_activations_alone():
         with use_mesh(mesh_config, mesh):
             compiled[schedule] = run.lower(params, batch).compile()
     early, late = (compiled[s].memory_analysis().temp_size_in_bytes for s in (_1F1B, _GPIPE))
-    # 7 inputs of stages and those of the layers of one, and not those of 4 layers in 19 ticks.
-    assert late - early > (4 * 19 - 4 - 7) * 256 * 8 * 8, (early, late)
+    # 7 inputs of stages, and not those of all 19 ticks.
+    assert late - early > (19 - 7) * 256 * 8 * 8, (early, late)
     for program in compiled.values():
-        # Parameters stay where they are, and each device computes the loss of its tokens: what is gathered is the
+        # Parameters stay where they are, and each device computes the loss of its tokens: what is gathered is at most the
         # gradient of the last device's activations.
         gathered = re.findall(r"= f64\[([\d,]+)\]\S* all-gather\(", program.as_text())
-        assert len(gathered) == 1 and gathered[0].endswith("1,256,8")
+        assert all(shape.endswith("1,256,8") for shape in gathered) and len(gathered) <= 1
 
 
 @pytest.mark.parametrize("remat", [Remat.NONE, Remat.FULL])
@@ -155,14 +155,14 @@ def test_gpipe_keeps_no_copy_of_the_parameters_for_each_tick(remat: Remat):
     mesh = MeshConfig(data=2, pipeline=2)
     with use_mesh(mesh, mesh.make(jax.devices()[:4])):
         program = jax.make_jaxpr(run)(params, _BATCH)
-    weights = {a.shape[1:] for a in jax.tree.leaves(params["decoder"])}
+    copies = {(9, 2, *a.shape[1:]) for a in jax.tree.leaves(params["decoder"])}  # of a stage of two layers
     kept = [
         out.aval.shape
         for equation in equations(program.jaxpr)
         if equation.primitive.name == "scan" and equation.params["length"] == 4 * 2 + 1
         for out in equation.outvars
     ]
-    assert kept and not [shape for shape in kept if shape[0] == 9 and shape[2:] in weights]
+    assert kept and not copies & set(kept)
 
 
 @pytest.mark.parametrize("schedule", PipelineSchedule)
@@ -171,17 +171,20 @@ def test_bfloat16_activations_that_are_computed_again_train_alike(schedule: Pipe
     cfg = _model(8, pipeline, remat=Remat.FULL).set(activation_dtype=configs.FloatType.BFLOAT16)
     mesh_config = MeshConfig(data=1, pipeline=2, tensor=2)
     cfg = override(cfg, {"decoder.layer.attention.num_kv_heads": 2})
-    m = parts(cfg, dtype=jnp.float32)
-    step = jax.jit(jax.value_and_grad(lambda p, b: merge(m.definition, p).loss(b)[0]))
     batch = {n: jnp.asarray(a, jnp.float32 if a.dtype == np.float64 else a.dtype) for n, a in _BATCH.items()}
-    expected = step(m.params, batch)
+
+    def step(cfg: Any) -> Any:
+        definition, params = split(cfg.build(rngs=nnx.Rngs(0)))
+        return jax.jit(jax.value_and_grad(lambda p, b: merge(definition, p).loss(b)[0]))(params, batch)
+
+    exact, alone = step(cfg.set(activation_dtype=configs.FloatType.FLOAT32)), step(cfg)
     with use_mesh(mesh_config, mesh_config.make(jax.devices()[:4])):
-        got = jax.jit(jax.value_and_grad(lambda p, b: merge(m.definition, p).loss(b)[0]))(m.params, batch)
-    # Two orders of the same bfloat16 sums: 8 bits, through 8 layers.
-    np.testing.assert_allclose(got[0], expected[0], rtol=0.01)
-    for ours, theirs in zip(jax.tree.leaves(got[1]), jax.tree.leaves(expected[1]), strict=True):
+        got = step(cfg)
+    np.testing.assert_allclose(got[0], exact[0], rtol=0.01)
+    # The roundings are others, and as many: the gradient errs by no more than half as much again as one device's.
+    for ours, one, true in zip(*map(jax.tree.leaves, (got[1], alone[1], exact[1])), strict=True):
         assert ours.dtype == jnp.float32
-        assert np.linalg.norm(ours - theirs) < 0.1 * np.linalg.norm(theirs)
+        assert np.linalg.norm(ours - true) < 1.5 * np.linalg.norm(one - true)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_every_device_runs_what_is_inside_a_shard_map() -> None:
         )
         return inner(a, b) if nested else a @ b
 
-    for nested in (False, True):
+    for nested in (False, True):  # noqa: B007  columns reads it
         split = jax.shard_map(
             columns, mesh=mesh, in_specs=(spec("rows"), spec()), out_specs=spec("rows"), axis_names={"rows"}
         )
