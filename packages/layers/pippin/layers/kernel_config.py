@@ -30,6 +30,7 @@ class AttentionShape:
     sequence_shards: int = 1  # how many ways the mesh splits the tokens of a sequence
     head_shards: int = 1  # likewise, the query heads
     kv_head_shards: int = 1
+    page_size: int = 0  # of a paged cache, in tokens; 0: keys lie in rows of their own
 
 
 class AttentionKernelConfig(Config):
@@ -66,8 +67,7 @@ class BlockwiseKernelConfig(
             raise ConfigError(f"BlockwiseKernel: block_size ({self.block_size}) must be at least 1.")
 
     def supports(self, shape: AttentionShape) -> str:
-        del shape
-        return ""
+        return first_reason((shape.page_size > 0, "keys are in pages, which PagedBlockwiseKernel is for"))
 
 
 class SplashKernelConfig(
@@ -88,7 +88,7 @@ class SplashKernelConfig(
             )
 
     def supports(self, shape: AttentionShape) -> str:
-        return _first(
+        return first_reason(
             (
                 shape.platform != "tpu" and not self.interpret,
                 f"it runs on TPUs, and this is a {shape.platform}",
@@ -135,7 +135,7 @@ class CuDNNKernelConfig(
 
     def supports(self, shape: AttentionShape) -> str:
         longest = max(shape.query_length, shape.key_length)
-        return _first(
+        return first_reason(
             (shape.platform != "gpu", f"it runs on NVIDIA GPUs, and this is a {shape.platform}"),
             (
                 shape.dtype not in ("float16", "bfloat16"),
@@ -180,7 +180,7 @@ class TritonKernelConfig(
             )
 
     def supports(self, shape: AttentionShape) -> str:
-        return _first(
+        return first_reason(
             (
                 shape.platform != "gpu" and not self.interpret,
                 f"it runs on NVIDIA GPUs, and this is a {shape.platform}",
@@ -230,7 +230,7 @@ class RingKernelConfig(
             raise ConfigError(f"RingKernel: block_size ({self.block_size}) must be at least 1.")
 
     def supports(self, shape: AttentionShape) -> str:
-        return _first(
+        return first_reason(
             (shape.sequence_shards == 1, "no mesh splits the sequences"),
             (not shape.aligned, "keys are not those of the queries' tokens, as with a cache"),
             (
@@ -316,5 +316,5 @@ def _listed(reasons: Reasons) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in reasons)
 
 
-def _first(*checks: tuple[bool, str]) -> str:
+def first_reason(*checks: tuple[bool, str]) -> str:
     return next((reason for fails, reason in checks if fails), "")

@@ -54,7 +54,7 @@ class TritonKernel(Module):
         )
         heads, kv_heads, tokens, head = attention_specs()
         attend = on_shards(partial(_attend, call), (heads, kv_heads, kv_heads, tokens, head), heads)
-        with _gpu_of_the_mesh():
+        with gpu_of_the_mesh():
             return attend(
                 q * logits.scale,
                 kv.k.astype(q.dtype),
@@ -64,7 +64,7 @@ class TritonKernel(Module):
             )
 
 
-def _gpu_of_the_mesh() -> contextlib.AbstractContextManager[Any]:
+def gpu_of_the_mesh() -> contextlib.AbstractContextManager[Any]:
     """Tells Pallas what GPU it compiles for, where that is one that is not here."""
     active = mesh_in_use()
     if active is None or jax.sharding.get_abstract_mesh().manual_axes:
