@@ -294,7 +294,7 @@ def choose(cfg: Config, shape: AttentionShape) -> tuple[Config, Reasons]:
         raise ConfigError(
             f"no attention kernel supports {shape.query_length} queries of {shape.num_heads} heads of "
             f"{shape.head_dim} on {shape.platform}: {_listed(passed_over)}. Add BlockwiseKernel to the kernels, "
-            "which supports every call, or change what one of them refuses."
+            "which supports every call (with a paged cache: use the modifier paged), or change what one of them refuses."
         )
     if not isinstance(chosen, SelectKernelConfig):
         return chosen, passed_over

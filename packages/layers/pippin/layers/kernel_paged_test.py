@@ -237,7 +237,9 @@ def test_pages_and_kernels_that_do_not_fit_are_refused():
         configs.PagedBlockwiseKernelConfig().build()(q, kv, Context(kv.positions), Logits(1.0))
     in_pages = _paged(Case(), Kernel(None))
     q = jnp.ones((5, 1, 4, 16))
-    with pytest.raises(ConfigError, match="BlockwiseKernel: keys are in pages, which PagedBlockwiseKernel"):
+    with pytest.raises(
+        ConfigError, match="BlockwiseKernel: keys are in pages, which .* use the modifier paged"
+    ):
         configs.SelectKernelConfig().build()(q, in_pages, Context(in_pages.positions), Logits(1.0))
 
 
