@@ -14,8 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from benchmarks.plain_decoder import Decoder, compile_step
+
+if TYPE_CHECKING:
+    from pippin.train.hardware.profile import Profile
+    from pippin.train.trainer_config import TrainerConfig
 
 SHAPE = Decoder(
     num_layers=16,
@@ -76,10 +81,7 @@ def compare(shape: Decoder, target_name: str) -> tuple[Compiled, Compiled]:
     )
 
 
-def _compiled(profile: object, kernels_s: float, temporary_bytes: float, compile_s: float) -> Compiled:
-    from pippin.train.hardware.profile import Profile
-
-    assert isinstance(profile, Profile)
+def _compiled(profile: Profile, kernels_s: float, temporary_bytes: float, compile_s: float) -> Compiled:
     return Compiled(
         step_s=profile.compiled_s + kernels_s + profile.link_s,
         moved_bytes=profile.moved_bytes,
@@ -89,7 +91,7 @@ def _compiled(profile: object, kernels_s: float, temporary_bytes: float, compile
     )
 
 
-def _config(shape: Decoder) -> object:
+def _config(shape: Decoder) -> TrainerConfig:
     from pippin.core.config_tree import override
     from pippin.layers.models.llama import llama
     from pippin.layers.position_config import RoPEConfig
@@ -135,7 +137,7 @@ def _table(ours: Compiled, plain: Compiled) -> str:
 
 
 def _memory_table() -> str:
-    lines = [f"{'one step over 8,192 tokens':<50}{'planned, GiB':>14}{'peak RSS, GiB':>15}{'step, s':>9}"]
+    lines = [f"{'attention':<13}{'loss':<10}{'planned, GiB':>14}{'peak RSS, GiB':>16}"]
     for attention in ("blockwise", "naive"):
         for loss in ("chunked", "naive"):
             command = [sys.executable, "-P", "-m", "benchmarks.long_sequence", attention, loss]
@@ -145,10 +147,8 @@ def _memory_table() -> str:
                     f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}"
                 )
             found = json.loads(done.stdout)
-            lines.append(
-                f"{attention + ' attention, ' + loss + ' loss':<50}{found['temporary_bytes'] / 2**30:>14.2f}"
-                f"{found['peak_bytes'] / 2**30:>15.2f}{found['step_s']:>9.1f}"
-            )
+            planned, peak = (found[name] / 2**30 for name in ("temporary_bytes", "peak_bytes"))
+            lines.append(f"{attention:<13}{loss:<10}{planned:>14.2f}{peak:>16.2f}")
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ _VOCAB_SIZE = 32_000
 
 
 def measure(attention: str, loss: str, length: int = 8192) -> dict[str, float]:
-    """The bytes that XLA plans for temporaries, the peak of the process, and the seconds of a step.
+    """The bytes that XLA plans for temporaries, and the peak of the process.
 
     Args:
         attention: "blockwise", or "naive": all logits of a head at once.
@@ -53,12 +52,10 @@ def measure(attention: str, loss: str, length: int = 8192) -> dict[str, float]:
         "loss_weights": jnp.ones(row.shape, jnp.float32),
     }
     step = jax.jit(jax.grad(lambda p, b: merge(definition, p).loss(b)[0])).lower(params, batch).compile()
-    began = time.monotonic()
     jax.block_until_ready(step(params, batch))
     return {
         "temporary_bytes": float(step.memory_analysis().temp_size_in_bytes),
         "peak_bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "step_s": time.monotonic() - began,
     }
 
 

@@ -64,7 +64,9 @@ def compile_step(shape: Decoder, devices: Sequence[Any], options: Mapping[str, A
 
     out = jax.tree.map(lambda x: x.sharding, (params, moments))
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*out, None))
-    return jitted.lower(params, moments, batch).compile(compiler_options=dict(options))
+    with jax.numpy_dtype_promotion("standard"):  # which optax relies on
+        lowered = jitted.lower(params, moments, batch)
+    return lowered.compile(compiler_options=dict(options))
 
 
 def _parameters(shape: Decoder) -> dict[str, tuple[tuple[int, ...], P]]:
@@ -113,12 +115,13 @@ def _loss(params: Any, batch: Any, shape: Decoder, mesh: jax.sharding.Mesh) -> j
 
 def _norm(x: jax.Array, scale: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + _EPS) * scale).astype(x.dtype)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + _EPS)
+    return (normed * scale[None, None]).astype(x.dtype)
 
 
 def _rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     frequencies = 10_000.0 ** (-np.arange(0, _HEAD_DIM, 2) / _HEAD_DIM).astype(np.float32)
-    angles = positions[:, :, None, None] * frequencies[None, None, None, :]
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -23,6 +23,7 @@ SCRIPTS = {
     "pippin-train": {
         "pippin-train": "packages/train/pippin/train/launch",
         "pippin-compile": "packages/train/pippin/train/compile",
+        "pippin-jobs": "packages/train/pippin/train/jobs",
     },
 }
 

@@ -25,6 +25,11 @@ def short_name(cls: type[Any]) -> str:
     return cls.__qualname__.rpartition("<locals>.")[2]
 
 
+def component_name(cls: type[Any]) -> str:
+    """What a user calls the component of a config class: its `TYPE`, without the package."""
+    return cls.TYPE.rpartition(".")[2]
+
+
 def register(cls: type[Any]) -> None:
     """Adds a config class under its `TYPE`. A class that is declared again replaces itself.
 

@@ -7,7 +7,7 @@ import pytest
 
 from pippin.core.config import Config
 from pippin.core.errors import ConfigError
-from pippin.core.registry import import_configs, lookup, providers, registry
+from pippin.core.registry import component_name, import_configs, lookup, providers, registry
 
 
 def test_a_type_is_found_by_its_full_name_and_by_its_last_part():
@@ -16,7 +16,7 @@ def test_a_type_is_found_by_its_full_name_and_by_its_last_part():
 
     assert SpoonConfig.TYPE in registry()
     assert lookup(SpoonConfig.TYPE) is SpoonConfig
-    assert lookup(SpoonConfig.TYPE.rpartition(".")[2]) is SpoonConfig
+    assert lookup(component_name(SpoonConfig)) is SpoonConfig
     assert lookup("MeshConfig") is lookup("pippin.core.Mesh")
 
 

@@ -16,6 +16,7 @@ from pippin.layers.context import Cache, Context
 from pippin.layers.loss import chunked_cross_entropy
 from pippin.layers.pipeline import Finish
 from pippin.layers.stack import Repeat
+from pippin.layers.stack_config import PipelineSchedule
 
 
 class CausalLM(Module):
@@ -61,7 +62,7 @@ class CausalLM(Module):
         weight = jnp.sum(batch["loss_weights"])
         divisor = jnp.where(weight > 0, weight, 1.0)
         finish, params = self._finish()
-        if self._pipelined() and self.decoder.makes_loss:
+        if self._schedule() is PipelineSchedule.ONE_F_ONE_B:
             of_tokens = batch["targets"], batch["loss_weights"] / divisor
             loss, sums, outputs = self.decoder.loss(
                 self._embedded(batch["tokens"]), ctx, finish, params, of_tokens
@@ -111,7 +112,7 @@ class CausalLM(Module):
         Its other argument is (targets, weights). Losses and sums are of all tokens, each times its weight.
         """
         (norm, norm_params), (head, head_params) = split(self.norm), split(self._head())
-        shards = num_shards("batch", "sequence") * (num_shards("layers") if self._pipelined() else 1)
+        shards = num_shards("batch", "sequence") * (num_shards("layers") if self._schedule() else 1)
 
         def logits(params: Any, hidden: Array) -> Array:
             return self._logits(merge(head, params), hidden)
@@ -128,8 +129,8 @@ class CausalLM(Module):
 
         return finish, (norm_params, head_params)
 
-    def _pipelined(self) -> bool:
-        return isinstance(self.decoder, Repeat) and self.decoder.is_pipeline
+    def _schedule(self) -> PipelineSchedule | None:
+        return self.decoder.schedule if isinstance(self.decoder, Repeat) else None
 
     def _head(self) -> Module:
         return self.embedding if self.head is None else self.head

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pippin.core.config import Config, Slot
 from pippin.core.errors import ConfigError
+from pippin.core.registry import component_name
 
 _TILE = 128  # lanes of a TPU's vector registers: what splash attention's blocks are made of
 _GPU_TILE = 16  # rows of what a GPU's matrix units multiply
@@ -308,7 +309,7 @@ def _try(kernels: Iterable[Config], shape: AttentionShape) -> tuple[Config | Non
         reason = kernel.supports(shape)
         if not reason:
             return kernel, tuple(passed_over)
-        passed_over.append((type(kernel).TYPE.rpartition(".")[2], reason))
+        passed_over.append((component_name(type(kernel)), reason))
     return None, tuple(passed_over)
 
 

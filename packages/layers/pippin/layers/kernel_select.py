@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from jaxtyping import Array, Float
 
 from pippin.core.module import Module
+from pippin.core.registry import component_name
 from pippin.layers.context import Context, KeyValues
 from pippin.layers.kernel import Logits, attention_shape
 from pippin.layers.kernel_config import (
@@ -81,12 +82,12 @@ class SelectKernel(Module):
         shape = attention_shape(q, kv, ctx, logits)
         chosen, passed_over = choose(self.cfg, shape)
         if (record := _choices.get()) is not None:
-            record[Choice(shape, type(chosen).TYPE.rpartition(".")[2], passed_over)] = None
+            record[Choice(shape, component_name(type(chosen)), passed_over)] = None
         slow = isinstance(chosen, ReferenceKernelConfig) or (
             isinstance(chosen, BlockwiseKernelConfig | PagedBlockwiseKernelConfig) and shape.platform != "cpu"
         )
         if passed_over and slow:
-            _warn(type(chosen).TYPE.rpartition(".")[2], passed_over)
+            _warn(component_name(type(chosen)), passed_over)
         return chosen.build()(q, kv, ctx, logits)
 
 

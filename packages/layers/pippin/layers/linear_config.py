@@ -54,7 +54,7 @@ def quantize_matmuls(matmul: MatmulType) -> Modifier[Any]:
     """
 
     def where(cfg: Config) -> bool | None:
-        return False if cfg.PROVIDES == "router" else cfg.PROVIDES in ("attention", "feed_forward") or None
+        return {"router": False, "attention": True, "feed_forward": True}.get(cfg.PROVIDES)
 
     def quantized(cfg: Config) -> Config:
         if isinstance(cfg, LoRALinearConfig):
@@ -121,7 +121,7 @@ def lora(rank: int = 16, alpha: float = 16.0, only: str | None = None) -> Modifi
 
     def modifier(cfg: Config) -> Config:
         def where(cfg: Config) -> bool | None:
-            return only in (cfg.TYPE, cfg.PROVIDES) or None
+            return True if only in (cfg.TYPE, cfg.PROVIDES) else None
 
         def wrapped(cfg: Config) -> Config:
             template = LoRALinearConfig(rank=rank, alpha=alpha)

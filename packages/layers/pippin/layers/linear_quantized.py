@@ -1,10 +1,12 @@
 """Linear maps whose matrix products are of 8-bit numbers, in training too."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import qwix
+from flax import nnx
 from jaxtyping import Array, Float
 
 from pippin.layers.linear import Linear
@@ -29,8 +31,8 @@ class QuantizedLinear(Linear):
 
     Config = QuantizedLinearConfig
 
-    def __init__(self, cfg: QuantizedLinearConfig, **kwargs):
-        super().__init__(cfg, **kwargs)
+    def __init__(self, cfg: QuantizedLinearConfig, *, rngs: nnx.Rngs):
+        super().__init__(cfg, rngs=rngs)
         self.matmul = cfg.matmul
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
@@ -63,7 +65,7 @@ def _backward(matmul: MatmulType, saved: tuple[Array, Array], of_y: Array) -> tu
 quantized_product.defvjp(_forward, _backward)
 
 
-def _product(a: Float[Array, "*B K"], b: Float[Array, "K N"], of_a: type, of_b: type) -> Float[Array, "*B N"]:
+def _product(a: Float[Array, "*B K"], b: Float[Array, "K N"], of_a: Any, of_b: Any) -> Float[Array, "*B N"]:
     """`a @ b`, of `a` with a scale for each row and `b` with one for each column."""
     rows = tuple(range(a.ndim - 1))
     # The library promotes dtypes and ranks, which our settings would refuse.

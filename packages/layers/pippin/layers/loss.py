@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pippin.core.sharding import num_shards
 from pippin.layers.precision import at_least_float32
 
 Head = Callable[[Any, Array], Array]  # (parameters, [B, T, D]) -> logits [B, T, V]
@@ -72,7 +73,7 @@ def _chunk_loss(
     logits = logits.astype(at_least_float32(logits.dtype))
     weights = weights.astype(logits.dtype)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
-    target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    target = _at_targets(logits, targets)
     correct = jax.lax.stop_gradient(target >= jnp.max(logits, axis=-1)).astype(logits.dtype)
     sums = LossSums(
         cross_entropy=jnp.sum(weights * (normaliser - target)),
@@ -80,6 +81,15 @@ def _chunk_loss(
         correct=jnp.sum(weights * correct),
     )
     return sums.cross_entropy + z_loss * sums.squared_normaliser, sums
+
+
+def _at_targets(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    if num_shards("vocab") == 1:
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # Each device has some of the vocabulary: a sum over what it has needs no logit of another one. XLA's partitioner
+    # even fails on the lookup where rows are split too, inside a pipeline.
+    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    return jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
 
 
 def _zero_loss(head: Head, z_loss: float, params: Any, chunks: Chunks) -> tuple[Array, LossSums]:

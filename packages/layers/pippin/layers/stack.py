@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from pippin.core.config import Config
 from pippin.core.errors import ConfigError
-from pippin.core.module import Module, Params, merge, split
+from pippin.core.module import Module, Params, merge, parameter_infos, split
 from pippin.core.outputs import Outputs, add_collected, add_stacked, collect
 from pippin.core.sharding import constrain, num_shards
 from pippin.layers.context import Cache, Context, LayerOutput
@@ -108,7 +108,7 @@ class Repeat(Module):
     def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
         run, params = _pure(self.layer, self.remat, in_loop=self.unroll < self.num_layers)
         ctx = dataclasses.replace(ctx, last_only=False)  # the next layer reads every position
-        if cache is None and self.is_pipeline:
+        if cache is None and self.schedule is not None:
             x, outputs = self._pipeline(run, x, ctx)(params, x, jax.tree.leaves(ctx))
             add_collected(outputs)
             return LayerOutput(x, None)
@@ -123,27 +123,23 @@ class Repeat(Module):
         return LayerOutput(x, cache)
 
     @property
-    def is_pipeline(self) -> bool:
-        """Whether the devices of the mesh in use share the layers."""
-        return self.pipeline is not None and num_shards("layers") > 1
-
-    @property
-    def makes_loss(self) -> bool:
-        """Whether `loss` is how to train it on the mesh in use."""
-        return self.is_pipeline and self.pipeline.schedule is PipelineSchedule.ONE_F_ONE_B
+    def schedule(self) -> PipelineSchedule | None:
+        """In which order the devices of the mesh in use share the layers; None where they do not."""
+        return self.pipeline.schedule if self.pipeline is not None and num_shards("layers") > 1 else None
 
     def loss(
         self, x: Float[Array, "B T D"], ctx: Context, finish: Finish, finish_params: Any, of_tokens: Any
     ) -> tuple[Float[Array, ""], Any, Outputs]:
         """What `finish` makes of the result plus what layers report, sums for the log, and the reports.
 
-        For schedules that begin a microbatch's backward pass before others have gone forward: see `Pipeline.loss`.
+        For 1F1B, which begins a microbatch's backward pass before others have gone forward: see `Pipeline.loss`.
         """
         run, params = _pure(self.layer, self.remat, in_loop=True)
         pipeline = self._pipeline(run, x, ctx)
         return pipeline.loss(params, x, jax.tree.leaves(ctx), finish, finish_params, of_tokens)
 
     def _pipeline(self, run: "Run", x: Float[Array, "B T D"], ctx: Context) -> Pipeline:
+        assert self.pipeline is not None
         of_ctx = jax.tree.structure(ctx)
 
         def layer(params: Params, x: Array, rows: Rows) -> tuple[Array, Outputs]:
@@ -165,11 +161,13 @@ class SharedKVStack(Module):
     Config = SharedKVStackConfig
 
     def __init__(self, cfg: SharedKVStackConfig, *, rngs: nnx.Rngs):
-        dim = {"input_dim": cfg.input_dim}
-        first = RepeatConfig(**dim, layer=cfg.layer, num_layers=cfg.num_layers - 1, remat=cfg.remat)
-        readers = RepeatConfig(**dim, layer=cfg.reader, num_layers=cfg.num_readers, remat=cfg.remat)
+        dim = cfg.input_dim
+        first = RepeatConfig(input_dim=dim, layer=cfg.layer, num_layers=cfg.num_layers - 1, remat=cfg.remat)
+        readers = RepeatConfig(input_dim=dim, layer=cfg.reader, num_layers=cfg.num_readers, remat=cfg.remat)
         self.first = first.build(rngs=rngs)
-        self.source = cfg.layer.set(**dim).build(rngs=rngs)  # not in the scan: its keys and values come out
+        self.source = cfg.layer.set(input_dim=dim).build(
+            rngs=rngs
+        )  # not in the scan: its keys and values come out
         self.readers = readers.build(rngs=rngs)
         self.remat = cfg.remat
 
@@ -218,9 +216,13 @@ class ParallelTracks(Module):
     def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
         run, params = _pure(self.track, Remat.NONE, in_loop=False)
 
+        infos = parameter_infos(self.track)
+
         def track(of_track: tuple[Params, Cache]) -> tuple[Array, Cache, Outputs]:
+            # Else the compiler holds the gradients of all tracks whole on each device.
+            params = jax.tree.map(lambda p, info: constrain(p, *info.axes[-p.ndim :]), of_track[0], infos)
             # Not the LayerOutput itself: stacked arrays do not have the shapes that it declares.
-            out, outputs = run(of_track[0], x, ctx, of_track[1])
+            out, outputs = run(params, x, ctx, of_track[1])
             return out.x, out.cache, outputs
 
         # Not a vmap: TPUs have no grouped matmuls with a batch, nor cuDNN a mask that is the same for a batch of calls.

@@ -148,8 +148,9 @@ def test_the_program_does_not_grow_with_the_number_of_layers(cfg):
 
         return len(jax.jit(jax.grad(loss)).lower(params, jnp.zeros(_X.shape, jnp.float32)).as_text())
 
-    # Some digits: 2 becomes 16 wherever a stacked shape is written.
-    assert size(16) < 1.02 * size(2)
+    # Some digits: 5 becomes 16 wherever a stacked shape is written. Loops over fewer might share functions with another
+    # loop that is as long, such as that over two tracks.
+    assert size(16) < 1.02 * size(5)
 
 
 def test_a_pattern_runs_local_and_global_layers_in_turn():

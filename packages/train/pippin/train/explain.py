@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from pippin.core.config import Config, children
+from pippin.core.registry import component_name
 from pippin.layers.kernel_config import SelectKernelConfig
 from pippin.layers.kernel_select import record_choices
 from pippin.train.hardware.machine import for_this_machine
@@ -87,7 +88,7 @@ def _set_kernels(path: str, cfg: Config) -> Iterator[tuple[str, str]]:
     """The kernels that are used without a choice, by their paths."""
     if cfg.PROVIDES == "attention_kernel":
         if not isinstance(cfg, SelectKernelConfig):
-            yield path, type(cfg).TYPE.rpartition(".")[2]
+            yield path, component_name(type(cfg))
         return
     for step, child in children(cfg):
         yield from _set_kernels(f"{path}.{step}", child)

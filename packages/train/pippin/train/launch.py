@@ -40,11 +40,11 @@ A run that was stopped goes on when the same command is run again. Examples:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+def main(argv: Sequence[str] | None = None, at_end: Callable[[int], None] | None = None) -> int:
+    """Runs the command; returns its exit code, which `at_end` gets if it is not 0."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    return run_as_one(lambda: exit_code(lambda: _run(args, argv)))
+    return run_as_one(lambda: exit_code(lambda: _run(args, argv)), at_end)
 
 
 def exit_code(run: Callable[[], int]) -> int:
@@ -124,9 +124,12 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         raise ConfigError(
             f"--resume: {out} holds no run. Leave out --resume to start one, or give its --out."
         )
+    out = out.absolute()
+    if args.backend != "local" or args.dry_run:
+        return _submit(args, name, out, argv)
     if args.num_processes > 1 or args.max_restarts:
-        return _train_together(cfg, out.absolute(), argv, args)
-    return _train(cfg, out.absolute(), name)
+        return _train_together(cfg, out, argv, args)
+    return _train(cfg, out, name)
 
 
 def choose_recipe(named: str | None, file: Path | None, added: Sequence[str]) -> str:
@@ -201,6 +204,23 @@ def _train(cfg: TrainerConfig, out: Path, name: str) -> int:
     return 0
 
 
+def _submit(args: argparse.Namespace, name: str, out: Path, argv: Sequence[str]) -> int:
+    from pippin.train.cluster.options import launch_spec, make_backend
+
+    if args.backend == "local":
+        raise ConfigError(
+            "--dry-run shows what a cluster would get, and --backend is local. Name another --backend."
+        )
+    spec = launch_spec(args, name, out, job_arguments(argv))
+    backend = make_backend(args.backend, args.namespace, args.address)
+    if args.dry_run:
+        print(backend.render(spec), end="")
+        return 0
+    status = backend.submit(spec)
+    print(status.text(spec.name))
+    return status.outcome.exit_code if status.outcome else 0
+
+
 def _train_together(cfg: TrainerConfig, out: Path, argv: Sequence[str], args: argparse.Namespace) -> int:
     from pippin.train.cluster.local import run_local
     from pippin.train.run_directory import RunDirectory
@@ -208,7 +228,8 @@ def _train_together(cfg: TrainerConfig, out: Path, argv: Sequence[str], args: ar
     run = RunDirectory(out)
     run.check(cfg)  # told once, and before anything is started or written
     command = [sys.executable, "-P", "-m", "pippin.train.launch", *job_arguments(argv)]
-    return run_local(command, args.num_processes, logs=run.logs, max_restarts=args.max_restarts).exit_code
+    restarts = args.max_restarts or 0
+    return run_local(command, args.num_processes, logs=run.logs, max_restarts=restarts).exit_code
 
 
 def _next_commands(out: Path) -> str:

@@ -50,7 +50,7 @@ def join() -> bool:
     if PARENT in env:
         _end_with(_number(env, PARENT))
     if not is_one_of_several():
-        return False
+        return _is_joined()
     own = env.get(COORDINATOR, "auto") != "auto"
     count, index = (_number(env, NUM_PROCESSES), _number(env, PROCESS_ID)) if own else (0, 0)
     if own and not 0 <= index < count:
@@ -60,6 +60,8 @@ def join() -> bool:
         )
     import jax
 
+    if jax.distributed.is_initialized():  # by what started this process, such as Ray
+        return True
     try:
         if own:
             # Otherwise JAX would ask a cluster which of the devices are for this process.
@@ -76,11 +78,11 @@ def join() -> bool:
     return True
 
 
-def run_as_one(command: Callable[[], int]) -> int:
+def run_as_one(command: Callable[[], int], at_end: Callable[[int], None] | None = None) -> int:
     """The exit code of a command that may be one of a job's processes.
 
     When one of several fails, the others are in the middle of a step with it. JAX would have it wait for them, and they
-    wait for it: so it ends at once.
+    wait for it: so it ends at once; `at_end` gets a code other than 0 before that.
     """
     try:
         code = command()
@@ -89,6 +91,8 @@ def run_as_one(command: Callable[[], int]) -> int:
             raise
         traceback.print_exc()
         code = FATAL
+    if code and at_end:
+        at_end(code)
     if _is_joined():
         if code in (DONE, PREEMPTED):
             sys.modules["jax"].distributed.shutdown()

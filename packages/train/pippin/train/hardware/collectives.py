@@ -75,22 +75,26 @@ def is_collective(instruction: Instruction) -> bool:
 def _collectives(program: Program) -> Iterator[Step]:
     """The transfers, each once wherever it is started.
 
-    libtpu fuses them: one that runs beside other work has a fusion that starts it, some that go on with it and one that
-    ends it, which all hold the same instruction with the same channel. A reduce-scatter is a fusion of an all-reduce
-    that it names `all-reduce-scatter`.
+    libtpu fuses them: one that runs beside other work has a fusion that starts it, some that go on with it, in a loop of
+    that work too, and one that ends it, which all hold the same instruction with the same channel. A reduce-scatter is
+    a fusion of an all-reduce that it names `all-reduce-scatter`.
     """
-    seen: set[tuple[str, str]] = set()
+    fused = [
+        (step, inner, found[1])
+        for step in program.steps()
+        if step.instruction.opcode == "fusion"
+        for inner in _fused(program, step.instruction)
+        if (found := re.search(r"channel_id=(\d+)", inner.rest))
+    ]
+    started = {(step.inside, channel) for step, _, channel in fused}
     for step in program.steps():
         if is_collective(step.instruction):
             yield step
-        if step.instruction.opcode != "fusion":
-            continue
-        for inner in _fused(program, step.instruction):
-            channel = re.search(r"channel_id=(\d+)", inner.rest)
-            if channel and (step.inside, channel[1]) in seen:
-                continue
-            if channel:
-                seen.add((step.inside, channel[1]))
+    seen: set[tuple[str, str]] = set()
+    for step, inner, channel in fused:
+        goes_on = any((outer, channel) in started for outer in step.around)
+        if not goes_on and (step.inside, channel) not in seen:
+            seen.add((step.inside, channel))
             yield dataclasses.replace(step, instruction=inner)
 
 

@@ -63,6 +63,7 @@ class Step:
     times: int
     turns: int | None  # of a loop; None: unknown, or it is none
     inside: str  # the computation that holds it
+    around: tuple[str, ...] = ()  # those that run this one, the outermost first
 
 
 class Program:
@@ -93,16 +94,16 @@ class Program:
 
     def steps(self) -> Iterator[Step]:
         """Every instruction that is run, fusions as one. All branches of a conditional count."""
-        yield from self._walk(self.entry, 1)
+        yield from self._walk(self.entry, 1, ())
 
-    def _walk(self, name: str, times: int) -> Iterator[Step]:
+    def _walk(self, name: str, times: int, around: tuple[str, ...]) -> Iterator[Step]:
         for instruction in self.instructions(name):
             turns = self._turns(instruction.rest) if instruction.opcode == "while" else None
-            yield Step(instruction, times, turns, name)
+            yield Step(instruction, times, turns, name, around)
             if instruction.opcode in _WHOLE:
                 continue
             for callee in instruction.called:
-                yield from self._walk(callee, times * (turns or 1))
+                yield from self._walk(callee, times * (turns or 1), (*around, name))
 
     def _turns(self, rest: str) -> int | None:
         """How often a loop turns that counts from 0 in ones, as those of `jax.lax.scan` do."""

@@ -15,6 +15,7 @@ from pippin.core.config import Config, field_hints
 from pippin.core.config_tree import diff, show, transform
 from pippin.core.errors import ConfigError
 from pippin.core.mesh_config import MESH_AXES
+from pippin.core.registry import component_name
 from pippin.layers.linear_config import quantize_matmuls
 from pippin.train.hardware.accelerator import Target
 from pippin.train.hardware.mesh_rules_config import (
@@ -53,7 +54,7 @@ def apply_mesh_rules(cfg: Any, target: Target) -> Applied:
     changes = []
     for modifier in rule.modifiers:
         before, cfg = cfg, modifier.build()(cfg, target)
-        changes.append((type(modifier).TYPE.rpartition(".")[2], tuple(diff(before, cfg))))
+        changes.append((component_name(type(modifier)), tuple(diff(before, cfg))))
     return Applied(cfg, rule, tuple(changes))
 
 
@@ -141,7 +142,7 @@ def _set_everywhere(cfg: Any, field: str, value: Any, target: Target) -> Any:
     def change(part: Config) -> Config:
         if field not in field_hints(type(part)):
             return part
-        _require_free(part, field, value, f"{field} of {type(part).TYPE.rpartition('.')[2]}", target)
+        _require_free(part, field, value, f"{field} of {component_name(type(part))}", target)
         return part.set(**{field: value})
 
     return cfg.set(model=transform(cfg.model, change))

@@ -78,13 +78,15 @@ def _moved_bytes(program: Program, inside: str, instruction: Instruction) -> flo
     body = list(program.instructions(callee))
     parameters = [i for i in body if i.opcode == "parameter"]
     by_number = {int(i.rest.partition(")")[0]): i for i in parameters}
-    read = sum(_read_of(by_number[n], shape, body) for n, shape in enumerate(operands))
+    read = sum(_read_of(by_number[n], shape, body) for n, shape in enumerate(operands) if n in by_number)
     return read + _written(program, callee, instruction, body)
 
 
 def _read_of(parameter: Instruction, shape: str, body: list[Instruction]) -> float:
     """What a fusion reads of one of its operands."""
     users = [i for i in body if parameter.name in i.operands]
+    if users and all(is_collective(i) for i in users):
+        return 0.0  # a transfer that is fused with other work
     if users and all(
         i.opcode in (*_READS_A_PART, *_WRITES_A_PART) and i.operands[0] == parameter.name for i in users
     ):
@@ -99,6 +101,8 @@ def _written(program: Program, callee: str, fusion: Instruction, body: list[Inst
     total = 0.0
     for part, shape in zip(parts, elements(fusion.shape), strict=False):
         made_by = _behind(program.computations[callee], part)
+        if is_collective(made_by):
+            continue
         if made_by.opcode in _WRITES_A_PART:
             changed = made_by.operands[_WRITES_A_PART[made_by.opcode]]
             total += _total(_shape(program, callee, changed))
@@ -116,7 +120,9 @@ def _behind(body: dict[str, Instruction], name: str) -> Instruction:
 
 
 def _shape(program: Program, inside: str, name: str) -> str:
-    return program.computations[inside][name].shape
+    """Of a value; empty, so that it counts nothing, where its line was none that `Program` reads."""
+    found = program.computations[inside].get(name)
+    return found.shape if found else ""
 
 
 def _total(*shapes: str) -> float:
