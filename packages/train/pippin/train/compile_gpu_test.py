@@ -67,12 +67,13 @@ def test_what_crosses_nodes_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"over fsdp +groups of 8 .* sent by each device$", text, re.MULTILINE)
 
 
-def test_a_head_that_cudnn_refuses_is_compiled_in_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+def test_a_head_that_cudnn_refuses_is_compiled_by_triton(capsys: pytest.CaptureFixture[str]) -> None:
     code, text = compiled(
         capsys, "--set", "model.decoder.layer.attention.head_dim=256", "--target", "gpu-h100-1"
     )
     assert code == 0
-    assert "BlockwiseKernel" in text and "not CuDNNKernel: head_dim (256)" in text
+    assert "TritonKernel" in text and "not CuDNNKernel: head_dim (256)" in text
 
 
 def test_a_step_that_does_not_fit_is_said_with_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
