@@ -65,6 +65,10 @@ REFUSED = {
     "pippin.layers.CuDNNKernel": "CuDNNKernel: it runs on NVIDIA GPUs, and this is a cpu",
     "pippin.layers.TritonKernel": "TritonKernel: it runs on NVIDIA GPUs, and this is a cpu",
     "pippin.layers.RingKernel": "RingKernel: no mesh splits the sequences",
+    **{
+        f"pippin.layers.{name}": f"{name}: keys are in no pages"
+        for name in ("PagedBlockwiseKernel", "PagedTPUKernel", "PagedTritonKernel")
+    },
 }
 
 

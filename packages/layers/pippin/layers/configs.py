@@ -10,7 +10,7 @@ from pippin.layers.attention_config import (
     QKNormOrder,
     SharedKVAttentionConfig,
 )
-from pippin.layers.cache_config import FullCacheConfig, SlidingWindowCacheConfig
+from pippin.layers.cache_config import FullCacheConfig, PagedCacheConfig, SlidingWindowCacheConfig
 from pippin.layers.causal_lm_config import CausalLMConfig, FloatType
 from pippin.layers.feed_forward_config import Activation, FeedForwardConfig
 from pippin.layers.kernel_config import (
@@ -22,6 +22,13 @@ from pippin.layers.kernel_config import (
     SelectKernelConfig,
     SplashKernelConfig,
     TritonKernelConfig,
+)
+from pippin.layers.kernel_paged_config import (
+    PAGED_KERNELS,
+    PagedBlockwiseKernelConfig,
+    PagedTPUKernelConfig,
+    PagedTritonKernelConfig,
+    paged,
 )
 from pippin.layers.linear_config import (
     EmbeddingConfig,
@@ -50,6 +57,7 @@ from pippin.layers.stack_config import (
 )
 
 __all__ = [
+    "PAGED_KERNELS",
     "ALiBiConfig",
     "Activation",
     "AttentionKernelConfig",
@@ -70,6 +78,10 @@ __all__ = [
     "MoEConfig",
     "NoPEConfig",
     "NormalInitConfig",
+    "PagedBlockwiseKernelConfig",
+    "PagedCacheConfig",
+    "PagedTPUKernelConfig",
+    "PagedTritonKernelConfig",
     "ParallelTracksConfig",
     "PipelineConfig",
     "PipelineSchedule",
@@ -91,5 +103,6 @@ __all__ = [
     "TransformerLayerConfig",
     "TritonKernelConfig",
     "lora",
+    "paged",
     "quantize_matmuls",
 ]

@@ -30,7 +30,9 @@ def _declared() -> dict[str, type]:
 
 def test_every_config_is_exported():
     declared = _declared()
-    assert sorted({*declared, "lora", "quantize_matmuls"}) == sorted(configs.__all__)
+    assert sorted({*declared, "lora", "paged", "quantize_matmuls", "PAGED_KERNELS"}) == sorted(
+        configs.__all__
+    )
     assert all(getattr(configs, name) is value for name, value in declared.items())
 
 

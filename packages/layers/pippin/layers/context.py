@@ -25,6 +25,19 @@ class KeyValues:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class PagedKeyValues(KeyValues):
+    """The keys and values of new tokens, and the pages that hold these and all before them.
+
+    A query sees the keys of its row up to its own position. Several rows may have the same pages: a text that two
+    requests begin with, or the parts of one long request. What a page holds behind its row's last token is not looked at.
+    """
+
+    pages: Float[Array, "pages page_size two_K H"]  # the keys of head i at 2 i, and the values at 2 i + 1
+    tables: Int[Array, "B P"]  # entry i: the page of a row's positions from i * page_size on
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Context:
     """Where the tokens stand, and what they may attend to beside themselves."""
 

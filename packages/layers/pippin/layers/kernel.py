@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pippin.core.module import Module
 from pippin.core.sharding import mesh_in_use, num_shards, shard_spec
-from pippin.layers.context import Context, KeyValues
-from pippin.layers.kernel_config import AttentionShape, BlockwiseKernelConfig, ReferenceKernelConfig
+from pippin.layers.context import Context, KeyValues, PagedKeyValues
+from pippin.layers.kernel_config import AttentionShape, BlockwiseKernelConfig, ReferenceKernelConfig, choose
 from pippin.layers.precision import at_least_float32
 
 _MAX_UNROLLED = 16  # blocks of queries written out one after the other
@@ -41,7 +41,7 @@ def attention_shape(
     return AttentionShape(
         platform=_platform(),
         query_length=query_length,
-        key_length=kv.k.shape[1],
+        key_length=_key_length(kv),
         num_heads=num_heads,
         num_kv_heads=kv.k.shape[2],
         head_dim=head_dim,
@@ -54,6 +54,7 @@ def attention_shape(
         sequence_shards=num_shards("sequence"),
         head_shards=num_shards("heads"),
         kv_head_shards=num_shards("kv_heads"),
+        page_size=kv.pages.shape[1] if isinstance(kv, PagedKeyValues) else 0,
     )
 
 
@@ -72,6 +73,10 @@ def _platform() -> str:
     active = mesh_in_use()
     name = jax.default_backend() if active is None else active[1].devices.flat[0].platform
     return "gpu" if name == "cuda" else name
+
+
+def _key_length(kv: KeyValues) -> int:
+    return kv.tables.shape[1] * kv.pages.shape[1] if isinstance(kv, PagedKeyValues) else kv.k.shape[1]
 
 
 _PADDING = -1  # the segment of tokens without a position: nothing else attends to them
@@ -94,7 +99,23 @@ class ReferenceKernel(Module):
     def __call__(
         self, q: Float[Array, "B T N H"], kv: KeyValues, ctx: Context, logits: Logits
     ) -> Float[Array, "B T N H"]:
+        if isinstance(kv, PagedKeyValues):
+            kv = of_pages(kv, ctx.positions, kv.tables, 0)
         return _attend(q, ctx.positions, ctx.segment_ids, kv, logits)
+
+
+def of_pages(
+    kv: PagedKeyValues, positions: Int[Array, "B T"], tables: Int[Array, "B P"], first: int | Array
+) -> KeyValues:
+    """The keys and values of some pages of each row, the first of which begins at the position `first`."""
+    num_pages, size, _, head_dim = kv.pages.shape
+    batch, count = tables.shape
+    found = kv.pages[jnp.clip(tables, 0, num_pages - 1)].reshape(batch, count * size, -1, 2, head_dim)
+    at = first + jnp.arange(count * size, dtype=jnp.int32)[None]
+    held = at <= jnp.max(positions, axis=1, keepdims=True)
+    # What another row left behind may be NaN, which survives a weight of zero.
+    k, v = (jnp.where(held[:, :, None, None], found[:, :, :, i], 0) for i in range(2))
+    return KeyValues(k, v, jnp.where(held, at, -1), segment_ids=None, aligned=False)
 
 
 class BlockwiseKernel(Module):
@@ -112,11 +133,17 @@ class BlockwiseKernel(Module):
     Config = BlockwiseKernelConfig
 
     def __init__(self, cfg: BlockwiseKernelConfig):
-        self.block_size = cfg.block_size
+        self.cfg, self.block_size = cfg, cfg.block_size
 
     def __call__(
         self, q: Float[Array, "B T N H"], kv: KeyValues, ctx: Context, logits: Logits
     ) -> Float[Array, "B T N H"]:
+        """The result.
+
+        Raises:
+            ConfigError: the config does not support the call.
+        """
+        choose(self.cfg, attention_shape(q, kv, ctx, logits))
         length, size = q.shape[1], self.block_size
         whole = length // size
         loop = 1

@@ -31,6 +31,7 @@ class AttentionShape:
     sequence_shards: int = 1  # how many ways the mesh splits the tokens of a sequence
     head_shards: int = 1  # likewise, the query heads
     kv_head_shards: int = 1
+    page_size: int = 0  # of a paged cache, in tokens; 0: keys lie in rows of their own
 
 
 class AttentionKernelConfig(Config):
@@ -67,8 +68,7 @@ class BlockwiseKernelConfig(
             raise ConfigError(f"BlockwiseKernel: block_size ({self.block_size}) must be at least 1.")
 
     def supports(self, shape: AttentionShape) -> str:
-        del shape
-        return ""
+        return first_reason((shape.page_size > 0, "keys are in pages, which PagedBlockwiseKernel is for"))
 
 
 class SplashKernelConfig(
@@ -89,7 +89,7 @@ class SplashKernelConfig(
             )
 
     def supports(self, shape: AttentionShape) -> str:
-        return _first(
+        return first_reason(
             (
                 shape.platform != "tpu" and not self.interpret,
                 f"it runs on TPUs, and this is a {shape.platform}",
@@ -136,7 +136,7 @@ class CuDNNKernelConfig(
 
     def supports(self, shape: AttentionShape) -> str:
         longest = max(shape.query_length, shape.key_length)
-        return _first(
+        return first_reason(
             (shape.platform != "gpu", f"it runs on NVIDIA GPUs, and this is a {shape.platform}"),
             (
                 shape.dtype not in ("float16", "bfloat16"),
@@ -181,7 +181,7 @@ class TritonKernelConfig(
             )
 
     def supports(self, shape: AttentionShape) -> str:
-        return _first(
+        return first_reason(
             (
                 shape.platform != "gpu" and not self.interpret,
                 f"it runs on NVIDIA GPUs, and this is a {shape.platform}",
@@ -231,7 +231,7 @@ class RingKernelConfig(
             raise ConfigError(f"RingKernel: block_size ({self.block_size}) must be at least 1.")
 
     def supports(self, shape: AttentionShape) -> str:
-        return _first(
+        return first_reason(
             (shape.sequence_shards == 1, "no mesh splits the sequences"),
             (not shape.aligned, "keys are not those of the queries' tokens, as with a cache"),
             (
@@ -295,7 +295,7 @@ def choose(cfg: Config, shape: AttentionShape) -> tuple[Config, Reasons]:
         raise ConfigError(
             f"no attention kernel supports {shape.query_length} queries of {shape.num_heads} heads of "
             f"{shape.head_dim} on {shape.platform}: {_listed(passed_over)}. Add BlockwiseKernel to the kernels, "
-            "which supports every call, or change what one of them refuses."
+            "which supports every call (with a paged cache: use the modifier paged), or change what one of them refuses."
         )
     if not isinstance(chosen, SelectKernelConfig):
         return chosen, passed_over
@@ -317,5 +317,5 @@ def _listed(reasons: Reasons) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in reasons)
 
 
-def _first(*checks: tuple[bool, str]) -> str:
+def first_reason(*checks: tuple[bool, str]) -> str:
     return next((reason for fails, reason in checks if fails), "")

@@ -16,7 +16,8 @@ from jax.experimental import topologies
 from pippin.core.module import merge, parameter_infos, split
 from pippin.core.sharding import MeshConfig, use_mesh
 from pippin.layers import configs
-from pippin.layers.context import Context
+from pippin.layers.context import Context, PagedKeyValues
+from pippin.layers.kernel import Logits
 
 pytestmark = [
     pytest.mark.skipif(
@@ -54,14 +55,18 @@ def _description(name: str) -> str:
         """
 
 
-def _compiled(cfg: Any, gpu: str, count: int, dtype: Any) -> Any:
-    """The gradient of a layer over packed documents, as a program for some GPUs."""
+def _mesh(gpu: str, count: int) -> tuple[MeshConfig, jax.sharding.Mesh]:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # JAX looks for a GPU and its libraries
     mesh_config = MeshConfig(data=1, fsdp=-1, tensor=min(count, 2))
     found = topologies.get_topology_desc(
         platform="cuda", target_config=_description(gpu), topology=f"1x1x{count}"
     )
-    mesh = mesh_config.make(found.devices)
+    return mesh_config, mesh_config.make(found.devices)
+
+
+def _compiled(cfg: Any, gpu: str, count: int, dtype: Any) -> Any:
+    """The gradient of a layer over packed documents, as a program for some GPUs."""
+    mesh_config, mesh = _mesh(gpu, count)
 
     def abstract(shape: Any, dtype: Any, axes: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_config.sharding(mesh, axes, shape))
@@ -98,3 +103,35 @@ def test_attention_trains_on_gpus_where_cudnn_refuses(fields, gpu, count, dtype)
     cfg = configs.GroupedQueryAttentionConfig(input_dim=128, num_heads=4, num_kv_heads=2).set(**fields)
     program = _compiled(cfg, gpu, count, dtype).as_text()
     assert program.count("__gpu$xla.gpu.triton") == 3  # forward, and the gradients of queries and of keys
+
+
+@pytest.mark.parametrize(
+    "head_dim, new_tokens, dtype, count",
+    [
+        (128, 1, jnp.bfloat16, 1),
+        (256, 16, jnp.bfloat16, 2),
+        (64, 1, jnp.float32, 1),
+        (256, 4, jnp.float32, 1),
+    ],
+)
+def test_attention_decodes_from_pages_on_gpus(head_dim, new_tokens, dtype, count):
+    mesh_config, mesh = _mesh("NVIDIA H100 80GB HBM3", count)
+
+    def abstract(shape: Any, dtype: Any, axes: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh_config.sharding(mesh, axes, shape))
+
+    q, new = (
+        abstract((_B, new_tokens, n, head_dim), dtype, (None, None, axis, None))
+        for n, axis in ((8, "heads"), (2, "kv_heads"))
+    )
+    pages = abstract((64, 16, 4, head_dim), dtype, (None, None, "kv_heads", None))
+    at, tables = (abstract((_B, n), jnp.int32, (None, None)) for n in (new_tokens, 32))
+
+    def attend(q: Any, new: Any, at: Any, pages: Any, tables: Any) -> Any:
+        kv = PagedKeyValues(new, new, at, None, False, pages, tables)
+        kernel = configs.SelectKernelConfig(kernels=configs.PAGED_KERNELS).build()
+        return kernel(q, kv, Context(at), Logits(0.1, 300, 30.0, None, jnp.ones(8)))
+
+    with use_mesh(mesh_config, mesh):
+        program = jax.jit(attend).lower(q, new, at, pages, tables).compile(compiler_options=_OPTIONS)
+    assert program.as_text().count("__gpu$xla.gpu.triton") == 1

@@ -21,6 +21,7 @@ from pippin.layers.kernel_config import (
     SelectKernelConfig,
     choose,
 )
+from pippin.layers.kernel_paged_config import PagedBlockwiseKernelConfig
 
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class SelectKernel(Module):
     """Computes attention by the first of its kernels that supports the call.
 
     That one is chosen while the call is traced, by shapes and platform: no value is looked at.
-    A call that falls to the reference, or to the blockwise kernel on an accelerator, logs a warning with all reasons, once.
+    A call that falls to the reference, or to a blockwise kernel on an accelerator, logs a warning with all reasons, once.
     """
 
     Config = SelectKernelConfig
@@ -83,7 +84,7 @@ class SelectKernel(Module):
         if (record := _choices.get()) is not None:
             record[Choice(shape, component_name(type(chosen)), passed_over)] = None
         slow = isinstance(chosen, ReferenceKernelConfig) or (
-            isinstance(chosen, BlockwiseKernelConfig) and shape.platform != "cpu"
+            isinstance(chosen, BlockwiseKernelConfig | PagedBlockwiseKernelConfig) and shape.platform != "cpu"
         )
         if passed_over and slow:
             _warn(component_name(type(chosen)), passed_over)

@@ -101,10 +101,12 @@ class Inputs:
     def check(self, kernel: Any, case: Case) -> None:
         """Raises unless the kernel has the result and the gradients of float64, as float32 can."""
         out, gradients = self.run(kernel, case, jnp.float32)
-        *qkv, sinks = self.arrays(case)
+        q, k, v, sinks = self.arrays(case)
         at = self.positions(case)
         sees = reference.causal(at, self.segments(case), case.window)
-        expected = reference.attend(*qkv, sees, soft_cap=case.soft_cap, sinks=sinks if case.sinks else None)
+        expected = reference.attend(
+            q, k, v, sees, soft_cap=case.soft_cap, sinks=sinks if case.sinks else None
+        )
         assert_close(np.asarray(out)[at >= 0], expected[at >= 0])
         with jax.enable_x64(True):
             _, exact = self.run(ReferenceKernelConfig(), case, jnp.float64)

@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from pippin.core.module import merge, parameter_infos, split
 from pippin.core.sharding import MeshConfig, use_mesh
 from pippin.layers import configs
+from pippin.layers.cache_paged import PagedState
 from pippin.layers.context import Context
 
 pytestmark = pytest.mark.skipif(
@@ -114,3 +115,54 @@ def test_a_pipeline_is_compiled_with_splash_in_its_stages(schedule):
     assert ("stablehlo.case" in lowered.as_text()) == (schedule is configs.PipelineSchedule.ONE_F_ONE_B)
     program = lowered.compile().as_text()
     assert "splash_mha" in program and "collective-permute" in program
+
+
+def _decoding(model: Any, topology: str, dtype: Any, new_tokens: int, page_size: int) -> Any:
+    """A layer that reads a paged cache, and writes the next tokens into it, as a program for some TPUs."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh_config = MeshConfig(data=1, tensor=4)
+    mesh = mesh_config.make(devices)
+    cfg = configs.paged(page_size, num_pages=1024)(model)
+
+    def abstract(a: Any, axes: Any) -> Any:
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=mesh_config.sharding(mesh, axes, a.shape))
+
+    built = nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0)))
+    infos, (definition, _) = parameter_infos(built), split(built)
+    params = jax.tree.map(lambda i: abstract(jax.ShapeDtypeStruct(i.shape, jnp.float32), i.axes), infos)
+    cache = jax.eval_shape(lambda: built.init_cache(_B, 2048, jnp.dtype(dtype)))
+    everywhere = (None, None)
+    cache = PagedState(
+        abstract(cache.pages, (*everywhere, "kv_heads", None)), abstract(cache.tables, everywhere)
+    )
+    x = abstract(jax.ShapeDtypeStruct((_B, new_tokens, cfg.input_dim), dtype), (*everywhere, None))
+    at = abstract(jax.ShapeDtypeStruct((_B, new_tokens), jnp.int32), everywhere)
+
+    def extend(params: Any, x: Any, at: Any, cache: Any) -> Any:
+        out = merge(definition, params)(x, Context(at), cache)
+        return out.x, out.cache
+
+    with use_mesh(mesh_config, mesh):
+        return jax.jit(extend, donate_argnums=3).lower(params, x, at, cache).compile()
+
+
+_WIDE = configs.GroupedQueryAttentionConfig(input_dim=256, num_heads=32, num_kv_heads=8, head_dim=128)
+
+
+@pytest.mark.parametrize(
+    "fields, topology, dtype, new_tokens, page_size",
+    [
+        ({}, "v5e:2x2", jnp.bfloat16, 1, 16),
+        ({"window": 300, "soft_cap": 30.0}, "v5e:2x2", jnp.bfloat16, 16, 16),
+        ({}, "v5e:2x2", jnp.float32, 1, 16),
+        ({"num_kv_heads": 16}, "v5p:2x2x1", jnp.bfloat16, 1, 64),
+    ],
+    ids=["v5e", "v5e, chunks", "v5e, float32", "v5p"],
+)
+def test_attention_decodes_from_pages_on_tpus(fields, topology, dtype, new_tokens, page_size):
+    program = _decoding(_WIDE.set(**fields), topology, dtype, new_tokens, page_size)
+    assert "ragged_paged_attention_kernel" in program.as_text()
+    # The pages are changed where they lie: no second cache, and no copy of it in another order.
+    of_pages = 1024 * page_size * 2 * fields.get("num_kv_heads", 8) * 128 * jnp.dtype(dtype).itemsize // 4
+    assert program.memory_analysis().alias_size_in_bytes >= of_pages
+    assert program.memory_analysis().temp_size_in_bytes < of_pages / 2

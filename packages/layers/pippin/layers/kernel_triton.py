@@ -54,7 +54,7 @@ class TritonKernel(Module):
         )
         heads, kv_heads, tokens, head = attention_specs()
         attend = on_shards(partial(_attend, call), (heads, kv_heads, kv_heads, tokens, head), heads)
-        with _gpu_of_the_mesh():
+        with gpu_of_the_mesh():
             return attend(
                 q * logits.scale,
                 kv.k.astype(q.dtype),
@@ -64,7 +64,7 @@ class TritonKernel(Module):
             )
 
 
-def _gpu_of_the_mesh() -> contextlib.AbstractContextManager[Any]:
+def gpu_of_the_mesh() -> contextlib.AbstractContextManager[Any]:
     """Tells Pallas what GPU it compiles for, where that is one that is not here."""
     active = mesh_in_use()
     if active is None or jax.sharding.get_abstract_mesh().manual_axes:
@@ -80,20 +80,29 @@ class _Call:
     interpret: bool
 
     def run(
-        self, kernel: Any, grid: tuple[int, ...], in_specs: Any, out_specs: Any, out: Any, head_dim: int
+        self, kernel: Any, products: int, q: Array, heads: int, in_specs: Any, out_specs: Any, out: Any
     ) -> Any:
-        """A kernel, as a function of arrays."""
+        """A kernel of so many products of T times T, as a function of arrays, on a grid of blocks, rows and heads."""
+        batch, length, num_heads, head_dim = q.shape
         # What a loop reads for its next turn lies beside what it works on: of wide heads, one turn's must do.
         params = triton.CompilerParams(
             num_warps=8 if head_dim > 64 else 4, num_stages=1 if head_dim > 128 else 2
         )
+        pairs = batch * num_heads * length * length
+        # Its loops turn as often as their bounds say when it runs: this is told as if no block were skipped.
+        cost = pl.CostEstimate(
+            flops=2 * products * pairs * head_dim,
+            transcendentals=pairs,
+            bytes_accessed=(products + 1) * q.size * q.dtype.itemsize,
+        )
         return pl.pallas_call(
             partial(kernel, self, head_dim),
-            grid=grid,
+            grid=(length // self.size, batch, heads),
             in_specs=in_specs,
             out_specs=out_specs,
             out_shape=out,
             compiler_params=params,
+            cost_estimate=cost,
             interpret=self.interpret,
             name=f"pippin_{kernel.__name__.strip('_')}",
         )
@@ -277,41 +286,43 @@ def _attend(
 
 def _forward(call: _Call, q: Array, k: Array, v: Array, segments: Array, sinks: Array) -> tuple[Array, Any]:
     specs = _Specs(call, q, k)
-    batch, length, num_heads, head_dim = q.shape
+    batch, length, num_heads, _ = q.shape
     normaliser = jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)
     out, normaliser = call.run(
         _forward_kernel,
-        (length // call.size, batch, num_heads),
+        2,
+        q,
+        num_heads,
         [specs.block, specs.keys, specs.keys, specs.tokens, specs.head],
         (specs.block, specs.of_rows),
         (jax.ShapeDtypeStruct(q.shape, q.dtype), normaliser),
-        head_dim,
     )(q, k, v, segments, sinks)
     return out, (q, k, v, segments, sinks, out, normaliser)
 
 
 def _backward(call: _Call, saved: Any, of_out: Array) -> Any:
     q, k, v, segments, sinks, out, normaliser = saved
-    specs = _Specs(call, q, k)
-    blocks, (batch, _, num_heads, head_dim) = q.shape[1] // call.size, q.shape
+    specs, num_heads = _Specs(call, q, k), q.shape[2]
     # What each logit's gradient is less by: the mean gradient of the weights.
     mean = jnp.einsum("BTNH,BTNH->BNT", out, of_out, preferred_element_type=jnp.float32)
     args = (q, k, v, segments, of_out, normaliser, mean)
     of_q = call.run(
         _query_kernel,
-        (blocks, batch, num_heads),
+        3,
+        q,
+        num_heads,
         [specs.block, specs.keys, specs.keys, specs.tokens, specs.block, specs.of_rows, specs.of_rows],
         specs.block,
         jax.ShapeDtypeStruct(q.shape, q.dtype),
-        head_dim,
     )(*args)
     of_k, of_v = call.run(
         _key_kernel,
-        (blocks, batch, k.shape[2]),
+        4,
+        q,
+        k.shape[2],
         [specs.queries, specs.block, specs.block, specs.tokens, specs.queries] + [specs.of_queries] * 2,
         (specs.block, specs.block),
         (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
-        head_dim,
     )(*args)
     of_sinks = -jnp.sum(jnp.exp(sinks[None, :, None] - normaliser) * mean, axis=(0, 2))
     return of_q, of_k, of_v, None, of_sinks

@@ -58,6 +58,7 @@ def test_the_readme_runs_as_it_is_written(folder: Path):
     mine: list[Any] = [c for _, c in traverse(names["mine"]) if type(c).__qualname__ == "SquaredReLU.Config"]
     assert [(c.hidden_dim, type(c.proj)) for c in mine] == [(96, configs.LoRALinearConfig)]
     assert names["logits"].shape == (1, 4, 256)
+    assert names["continued"].shape == (2, 3, 256)
 
 
 def test_every_change_that_the_readme_makes_gives_a_model_that_computes(folder: Path):

@@ -16,7 +16,7 @@ from pippin.core.config_tree import replace
 from pippin.core.module import merge, parameter_infos
 from pippin.core.sharding import MeshConfig, use_mesh
 from pippin.layers import configs
-from pippin.layers.context import Context, KeyValues
+from pippin.layers.context import Context, KeyValues, PagedKeyValues
 from pippin.layers.kernel import Logits, attention_shape
 from pippin.layers.testing import assert_close, normal, parts, positions
 
@@ -87,8 +87,11 @@ def test_a_mesh_changes_no_number(cfg, mesh):
 
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp and tensor"])
-def test_splash_attention_runs_on_each_devices_sequences_and_heads(mesh):
-    splash = configs.SplashKernelConfig(interpret=True).build()
+@pytest.mark.parametrize(
+    "cfg", [configs.SplashKernelConfig(interpret=True), configs.TritonKernelConfig(interpret=True)], ids=type
+)
+def test_a_kernel_runs_on_each_devices_sequences_and_heads(cfg, mesh):
+    kernel = cfg.build()
     q, k, v = (jnp.asarray(normal(_B, 128, n, 8, seed=n), jnp.float32) for n in (4, 2, 2))
     at, segments = positions(_B, 128), np.repeat(np.array([[1, 2]] * _B, np.int32), [50, 78], axis=1)
 
@@ -96,7 +99,7 @@ def test_splash_attention_runs_on_each_devices_sequences_and_heads(mesh):
     def gradients() -> Any:
         def total(q, k, v, sinks):
             kv = KeyValues(k, v, jnp.asarray(at), jnp.asarray(segments), aligned=True)
-            out = splash(
+            out = kernel(
                 q,
                 kv,
                 Context(kv.positions, kv.segment_ids),
@@ -112,6 +115,39 @@ def test_splash_attention_runs_on_each_devices_sequences_and_heads(mesh):
         compiled = gradients().lower(*args).compile()
     jax.tree.map(assert_close, compiled(*args), alone)
     assert "all-gather" not in compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [configs.PagedTritonKernelConfig(interpret=True), configs.PagedBlockwiseKernelConfig()],
+    ids=type,
+)
+def test_a_paged_cache_is_split_by_heads(cfg):
+    mesh_config = MeshConfig(data=2, tensor=2)
+    q, new, pages = (
+        jnp.asarray(normal(*shape, seed=i), jnp.float32)
+        for i, shape in enumerate(((3, 2, 4, 16), (3, 2, 2, 16), (5, 4, 4, 16)))
+    )
+    at = jnp.asarray([[6, 7], [0, -1], [2, 3]], jnp.int32)
+    tables = jnp.asarray([[4, 1], [0, -1], [4, -1]], jnp.int32)
+
+    def attend() -> Any:
+        def run(q, pages):
+            kv = PagedKeyValues(new, new, at, None, False, pages, tables)
+            return cfg.build()(q, kv, Context(at), Logits(0.3, 5, 3.0, None, jnp.arange(4.0)))
+
+        return jax.jit(run)
+
+    alone = attend()(q, pages)
+    mesh = mesh_config.make(jax.devices()[:4])
+    with use_mesh(mesh_config, mesh):
+        q, pages = (
+            jax.device_put(a, mesh_config.sharding(mesh, (None, None, axis, None), a.shape))
+            for a, axis in ((q, "heads"), (pages, "kv_heads"))
+        )
+        compiled = attend().lower(q, pages).compile()
+    assert_close(compiled(q, pages), alone)
+    assert not re.search(r"f32\[5,4,4,16\]\S* all-gather", compiled.as_text())
 
 
 def test_splash_attention_is_not_chosen_where_the_mesh_splits_sequences():

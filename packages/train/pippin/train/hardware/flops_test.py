@@ -1,9 +1,11 @@
 import jax
 import jax.numpy as jnp
+import pytest
 
+from pippin.core.config import Config
 from pippin.layers.context import Context, KeyValues
 from pippin.layers.kernel import Logits
-from pippin.layers.kernel_config import SplashKernelConfig
+from pippin.layers.kernel_config import SplashKernelConfig, TritonKernelConfig
 from pippin.train.hardware.flops import function_flops
 
 
@@ -43,8 +45,11 @@ def test_grouped_matmuls_count_each_row_once() -> None:
     assert flops.total == 2 * 6 * 4 * 5
 
 
-def test_a_kernel_counts_as_often_as_its_grid_is_long() -> None:
-    kernel = SplashKernelConfig(interpret=True).build()
+@pytest.mark.parametrize(
+    "cfg", [SplashKernelConfig(interpret=True), TritonKernelConfig(interpret=True, block_size=32)], ids=type
+)
+def test_a_kernel_counts_as_if_no_block_were_skipped(cfg: Config) -> None:
+    kernel = cfg.build()
     positions = jnp.arange(128)[None]
 
     def attend(q: jax.Array, k: jax.Array) -> jax.Array:

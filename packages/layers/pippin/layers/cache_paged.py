@@ -1,0 +1,82 @@
+"""A cache of keys and values in pages: rows of any length share one array, and no memory is kept for what may come."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pippin.core.module import Module
+from pippin.core.sharding import constrain
+from pippin.layers.cache_config import PagedCacheConfig
+from pippin.layers.context import Cache, PagedKeyValues
+
+
+class PagedState(NamedTuple):
+    """The arrays of a cache."""
+
+    # The keys of head i at 2 i, and the values at 2 i + 1: the TPU's kernel reads them so, in one transfer.
+    pages: Float[Array, "*layers pages page_size two_K H"]
+    tables: Int[Array, "*layers B P"]  # entry i: the page of a row's positions from i * page_size on
+
+
+class PagedCache(Module):
+    """Keeps the key of position p of a row in slot p mod page_size of the page that the row's table names.
+
+    Whoever has the cache says whose pages are whose, by `assign_pages`; where the config has no number of pages, each
+    row has its own from the start. Nothing is kept for entries that name no page, such as -1.
+
+    Source: Kwon et al. 2023, arXiv:2309.06180, section 4.1 (PagedAttention).
+    """
+
+    Config = PagedCacheConfig
+
+    def __init__(self, cfg: PagedCacheConfig):
+        self.cfg = cfg
+
+    def init(self, batch_size: int, max_len: int, dtype: jnp.dtype) -> PagedState:
+        """An empty cache for positions below `max_len`."""
+        per_row = -(-max_len // self.cfg.page_size)
+        if self.cfg.num_pages is None:
+            count = batch_size * per_row
+            tables = jnp.arange(count, dtype=jnp.int32).reshape(batch_size, per_row)
+        else:
+            count, tables = self.cfg.num_pages, jnp.full((batch_size, per_row), -1, jnp.int32)
+        shape = (count, self.cfg.page_size, 2 * self.cfg.num_kv_heads, self.cfg.head_dim)
+        return PagedState(jnp.zeros(shape, dtype), tables)
+
+    def extend(
+        self,
+        state: PagedState,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        positions: Int[Array, "B T"],
+    ) -> tuple[PagedState, PagedKeyValues]:
+        """The cache with new tokens, and all that the new queries may attend to.
+
+        The positions of a row follow each other, padding (-1) aside. Tokens at negative positions, and those whose
+        row has no page for them, are not kept.
+        """
+        count, size, *rest = state.pages.shape
+        index = positions // size
+        found = jnp.take_along_axis(state.tables, jnp.clip(index, 0, state.tables.shape[1] - 1), axis=1)
+        kept = (index >= 0) & (index < state.tables.shape[1]) & (found >= 0)
+        new = jnp.stack([k, v], axis=3).reshape(*positions.shape, *rest).astype(state.pages.dtype)
+        # A page beyond the last is none: "drop" drops what is for it.
+        pages = state.pages.at[jnp.where(kept, found, count), positions % size].set(new, mode="drop")
+        pages = constrain(pages, None, None, "kv_heads", None)
+        kv = PagedKeyValues(k, v, positions, None, aligned=False, pages=pages, tables=state.tables)
+        return state._replace(pages=pages), kv
+
+
+def assign_pages(cache: Cache, tables: Int[Array, "B P"]) -> Cache:
+    """A cache whose layers all have these tables: the pages of each row, -1 where it has none yet."""
+
+    def assign(state: PagedState) -> PagedState:
+        lead = state.tables.shape[:-2]  # of stacked layers
+        return state._replace(tables=jnp.broadcast_to(tables, (*lead, *tables.shape)))
+
+    def is_state(node: Cache) -> bool:
+        return isinstance(node, PagedState)
+
+    return jax.tree.map(lambda node: assign(node) if is_state(node) else node, cache, is_leaf=is_state)

@@ -1,0 +1,107 @@
+"""The paged cache, in models and by itself."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pippin.core.config_tree import override, replace
+from pippin.core.errors import ConfigError
+from pippin.layers import configs
+from pippin.layers.cache_paged import PagedState, assign_pages
+from pippin.layers.testing import assert_exact, float64_fixture, normal, parts, positions
+
+float64 = float64_fixture()
+
+_K, _H, _PAGE = 2, 4, 4
+_ATTENTION = configs.GroupedQueryAttentionConfig(num_heads=4, num_kv_heads=_K, head_dim=_H)
+_MODEL = configs.CausalLMConfig(
+    vocab_size=24,
+    dim=8,
+    decoder=configs.RepeatConfig(
+        num_layers=2,
+        layer=configs.TransformerLayerConfig(
+            attention=_ATTENTION, feed_forward=configs.FeedForwardConfig(hidden_dim=16)
+        ),
+    ),
+)
+_TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 24, (2, 11)), jnp.int32)
+
+
+def _logits(cfg, tokens, cache=None, sizes=(5, 1, 1, 4)):
+    """The logits of tokens that come in several parts, through a cache, and the cache."""
+    m = parts(cfg)
+    if cache is None:
+        cache = m.method("init_cache", batch_size=2, max_len=13)(m.params)
+    found, start = [], 0
+    for size in sizes:
+        logits, cache = m.method("extend")(m.params, tokens[:, start : start + size], cache)
+        found.append(logits)
+        start += size
+    return jnp.concatenate(found, axis=1), cache
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"decoder.layer.attention.window": 3}, {"decoder.layer.attention.sinks": True}],
+    ids=["all", "window", "sinks"],
+)
+def test_a_model_with_a_paged_cache_continues_as_one_with_a_full_cache(changes):
+    cfg = override(_MODEL, changes)
+    expected, _ = _logits(cfg, _TOKENS)
+    got, _ = _logits(configs.paged(page_size=_PAGE)(cfg), _TOKENS)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)  # activations are of float32
+
+
+def test_a_sliding_window_is_a_matter_of_the_mask_in_pages():
+    cfg = replace(_MODEL, configs.FullCacheConfig, configs.SlidingWindowCacheConfig())
+    cfg = override(cfg, {"decoder.layer.attention.window": 3})
+    changed = configs.paged(page_size=_PAGE)(cfg)
+    assert isinstance(changed.decoder.layer.attention.cache, configs.PagedCacheConfig)
+    np.testing.assert_allclose(_logits(changed, _TOKENS)[0], _logits(cfg, _TOKENS)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_read_a_page_that_another_row_wrote():
+    cfg = configs.paged(page_size=_PAGE, num_pages=6)(_MODEL)
+    m = parts(cfg)
+    tokens = jnp.stack([_TOKENS[0], jnp.concatenate([_TOKENS[0, :4], _TOKENS[1, 4:]])])
+    expected, _ = _logits(_MODEL, tokens)
+    cache = m.method("init_cache", batch_size=2, max_len=13)(m.params)
+    # Row 0 alone writes the first page, which row 1 begins with, too.
+    alone = assign_pages(cache, jnp.asarray([[5, -1, -1, -1], [-1, -1, -1, -1]], jnp.int32))
+    _, cache = m.method("extend")(m.params, tokens[:, :4], alone)
+    cache = assign_pages(cache, jnp.asarray([[5, 0, 3, -1], [5, 2, 1, -1]], jnp.int32))
+    got, _ = _logits(cfg, tokens[:, 4:], cache, sizes=(1, 6))
+    np.testing.assert_allclose(got, expected[:, 4:], rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_without_a_page_are_not_kept():
+    cache = configs.PagedCacheConfig(num_kv_heads=_K, head_dim=_H, page_size=_PAGE, num_pages=3).build()
+    state = assign_pages(cache.init(2, 8, jnp.dtype(jnp.float64)), jnp.asarray([[2, -1], [-1, 0]], jnp.int32))
+    k, v = jnp.asarray(normal(2, 9, _K, _H, seed=1)), jnp.asarray(normal(2, 9, _K, _H, seed=2))
+    at = positions(2, 9)
+    at[0, 3] = -1  # padding
+    after, kv = cache.extend(state, k, v, jnp.asarray(at))
+    expected = np.zeros((3, _PAGE, 2 * _K, _H))
+    for page, row, tokens in ((2, 0, [0, 1, 2]), (0, 1, [4, 5, 6, 7])):
+        for token in tokens:
+            expected[page, token % _PAGE, 0::2] = k[row, token]
+            expected[page, token % _PAGE, 1::2] = v[row, token]
+    assert_exact(after.pages, expected)
+    assert kv.pages is after.pages and kv.tables is after.tables
+
+
+def test_pages_are_assigned_to_all_layers_of_stacked_caches():
+    cache = {"a": PagedState(jnp.zeros((3, 4, 2, 2, 2)), jnp.zeros((3, 2, 5), jnp.int32)), "b": jnp.ones(2)}
+    tables = jnp.asarray([[1, 2], [3, -1]], jnp.int32)
+    found = assign_pages(cache, tables)
+    assert found["a"].tables.tolist() == [tables.tolist()] * 3
+    assert found["b"] is cache["b"]
+
+
+def test_sizes_that_mean_nothing_are_refused():
+    with pytest.raises(ConfigError, match=r"page_size \(12\) must be a power of two"):
+        configs.PagedCacheConfig(page_size=12)
+    with pytest.raises(ConfigError, match=r"num_pages \(0\) must be at least 1"):
+        configs.PagedCacheConfig(num_pages=0)
+    with pytest.raises(ConfigError, match="LinearConfig holds neither a cache nor a choice of kernels"):
+        configs.paged()(configs.LinearConfig())
