@@ -129,10 +129,10 @@ def lora(rank: int = 16, alpha: float = 16.0, only: str | None = None) -> Modifi
 
         result = _map_linears(cfg, wrapped, where, inside=only is None)
         if result == cfg:
-            where = "" if only is None else f" inside {only!r}"
+            inside = "" if only is None else f" inside {only!r}"
             kinds = sorted({c.PROVIDES for _, c in traverse(cfg)} - {""})
             raise ConfigError(
-                f"lora: {type(cfg).__name__} holds no linear map without a LoRA{where}, so nothing would change. "
+                f"lora: {type(cfg).__name__} holds no linear map without a LoRA{inside}, so nothing would change. "
                 f"It is composed of components that provide {', '.join(kinds)}."
             )
         return result
