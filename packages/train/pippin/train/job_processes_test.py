@@ -111,7 +111,15 @@ def require_same_training(run: RunDirectory, other: RunDirectory) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), state, theirs)
 
 
-@pytest.mark.parametrize("mesh", [(), ("mesh.data=1", "mesh.fsdp=2"), ("mesh.data=1", "mesh.tensor=2")])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        (),
+        ("mesh.data=1", "mesh.fsdp=2"),
+        # Processes on CPUs count as machines, over which a tensor axis goes only if it is asked to.
+        ("mesh.data=1", "mesh.tensor=2", "mesh.across=tensor"),
+    ],
+)
 def test_two_processes_train_as_one_does(
     recipes: Path, one_process: RunDirectory, tmp_path: Path, mesh: tuple[str, ...]
 ) -> None:
