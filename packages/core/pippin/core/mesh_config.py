@@ -215,6 +215,11 @@ class MeshConfig(Config):
         return NamedSharding(mesh, spec)
 
 
+def mesh_axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that split one dim, as a partition has it: one alone is a name by itself."""
+    return (part,) if isinstance(part, str) else part or ()
+
+
 def require_even(
     mesh: Mapping[str, int],
     spec: jax.sharding.PartitionSpec,
@@ -228,7 +233,7 @@ def require_even(
             "Write None for a dim that is never split."
         )
     for axis, size, part in zip(axes, shape, spec, strict=True):
-        split = (part,) if isinstance(part, str) else part or ()  # a PartitionSpec writes one name alone
+        split = mesh_axes_of(part)
         ways = math.prod(mesh[a] for a in split)
         if size % ways:
             raise ShardingError(

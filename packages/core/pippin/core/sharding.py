@@ -13,6 +13,7 @@ from pippin.core.mesh_config import (
     MESH_AXES,
     AxisRuleConfig,
     MeshConfig,
+    mesh_axes_of,
     require_even,
     require_logical_axis,
 )
@@ -96,11 +97,6 @@ def shard_spec(axes: Sequence[str | None], over: Sequence[str] = MESH_AXES) -> j
     free = frozenset(over) - _split_already()
     parts = (tuple(a for a in mesh_axes_of(part) if a in free) for part in active[0].spec(axes))
     return PartitionSpec(*(part or None for part in parts))
-
-
-def mesh_axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes that split one dim, as a partition has it."""
-    return (part,) if isinstance(part, str) else part or ()
 
 
 def on_shards(

@@ -82,10 +82,15 @@ def _key_length(kv: KeyValues) -> int:
 _PADDING = -1  # the segment of tokens without a position: nothing else attends to them
 
 
-def padded_segments(positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
-    """Segments for kernels that mask by index: one where there are none, and one of its own for padding."""
-    segments = jnp.zeros_like(positions) if segment_ids is None else segment_ids
-    return jnp.where(positions < 0, _PADDING, segments)
+def padded_segments(ctx: Context, kv: KeyValues) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
+    """Segments of queries and of keys, for kernels that mask by index: one where either has none, and padding apart."""
+    packed = ctx.segment_ids is not None and kv.segment_ids is not None
+
+    def padded(positions: Array, segment_ids: Array | None) -> Array:
+        segments = jnp.zeros_like(positions) if segment_ids is None or not packed else segment_ids
+        return jnp.where(positions < 0, _PADDING, segments)
+
+    return padded(ctx.positions, ctx.segment_ids), padded(kv.positions, kv.segment_ids)
 
 
 class ReferenceKernel(Module):

@@ -94,7 +94,7 @@ class SplashKernelConfig(
                 shape.platform != "tpu" and not self.interpret,
                 f"it runs on TPUs, and this is a {shape.platform}",
             ),
-            (not shape.aligned, "keys are not those of the queries' tokens, as with a cache"),
+            _not_aligned(shape),
             (
                 shape.query_length != shape.key_length,
                 f"{shape.query_length} queries meet {shape.key_length} keys, and it masks by index",
@@ -106,14 +106,8 @@ class SplashKernelConfig(
             ),
             (shape.head_dim > 256, f"head_dim ({shape.head_dim}) is above 256"),
             (shape.has_bias, "it adds no bias to logits"),
-            (
-                shape.sequence_shards > 1,
-                f"the mesh splits sequences {shape.sequence_shards} ways, which RingKernel is for",
-            ),
-            (
-                shape.head_shards != shape.kv_head_shards,
-                f"the mesh splits query heads {shape.head_shards} ways and key heads {shape.kv_head_shards} ways",
-            ),
+            _split_sequences(shape),
+            uneven_heads(shape),
         )
 
     def block(self, length: int) -> int:
@@ -146,7 +140,7 @@ class CuDNNKernelConfig(
                 shape.head_dim > 128 or shape.head_dim % 8 != 0,
                 f"head_dim ({shape.head_dim}) is no multiple of 8 up to 128",
             ),
-            (not shape.aligned, "keys are not those of the queries' tokens, as with a cache"),
+            _not_aligned(shape),
             (
                 shape.query_length != shape.key_length,
                 f"{shape.query_length} queries meet {shape.key_length} keys",
@@ -156,10 +150,7 @@ class CuDNNKernelConfig(
             (shape.soft_cap is not None, "it has no soft cap"),
             (shape.has_bias, "a bias for each head would fill T times S of memory"),
             (shape.has_sinks, "it has no sinks"),
-            (
-                shape.sequence_shards > 1,
-                f"the mesh splits sequences {shape.sequence_shards} ways, which RingKernel is for",
-            ),
+            _split_sequences(shape),
         )
 
 
@@ -186,7 +177,7 @@ class TritonKernelConfig(
                 shape.platform != "gpu" and not self.interpret,
                 f"it runs on NVIDIA GPUs, and this is a {shape.platform}",
             ),
-            (not shape.aligned, "keys are not those of the queries' tokens, as with a cache"),
+            _not_aligned(shape),
             (
                 shape.query_length != shape.key_length,
                 f"{shape.query_length} queries meet {shape.key_length} keys, and it masks by index",
@@ -201,14 +192,8 @@ class TritonKernelConfig(
             ),
             (shape.head_dim > 256, f"head_dim ({shape.head_dim}) is above 256"),
             (shape.has_bias, "it adds no bias to logits"),
-            (
-                shape.sequence_shards > 1,
-                f"the mesh splits sequences {shape.sequence_shards} ways, which RingKernel is for",
-            ),
-            (
-                shape.head_shards != shape.kv_head_shards,
-                f"the mesh splits query heads {shape.head_shards} ways and key heads {shape.kv_head_shards} ways",
-            ),
+            _split_sequences(shape),
+            uneven_heads(shape),
         )
 
     def block(self, length: int, row_bytes: int) -> int:
@@ -233,16 +218,13 @@ class RingKernelConfig(
     def supports(self, shape: AttentionShape) -> str:
         return first_reason(
             (shape.sequence_shards == 1, "no mesh splits the sequences"),
-            (not shape.aligned, "keys are not those of the queries' tokens, as with a cache"),
+            _not_aligned(shape),
             (
                 shape.query_length % (2 * shape.sequence_shards) != 0,
                 f"{shape.query_length} tokens are no multiple of {2 * shape.sequence_shards}, twice the devices of a ring",
             ),
             (shape.has_bias, "it adds no bias to logits"),
-            (
-                shape.head_shards != shape.kv_head_shards,
-                f"the mesh splits query heads {shape.head_shards} ways and key heads {shape.kv_head_shards} ways",
-            ),
+            uneven_heads(shape),
         )
 
 
@@ -315,6 +297,25 @@ def _try(kernels: Iterable[Config], shape: AttentionShape) -> tuple[Config | Non
 
 def _listed(reasons: Reasons) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in reasons)
+
+
+def uneven_heads(shape: AttentionShape) -> tuple[bool, str]:
+    """Whether the mesh splits queries otherwise than the keys that they attend to, and the reason that this is."""
+    return (
+        shape.head_shards != shape.kv_head_shards,
+        f"the mesh splits query heads {shape.head_shards} ways and key heads {shape.kv_head_shards} ways",
+    )
+
+
+def _split_sequences(shape: AttentionShape) -> tuple[bool, str]:
+    return (
+        shape.sequence_shards > 1,
+        f"the mesh splits sequences {shape.sequence_shards} ways, which RingKernel is for",
+    )
+
+
+def _not_aligned(shape: AttentionShape) -> tuple[bool, str]:
+    return not shape.aligned, "keys are not those of the queries' tokens, as with a cache"
 
 
 def first_reason(*checks: tuple[bool, str]) -> str:

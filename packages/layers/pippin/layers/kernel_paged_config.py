@@ -12,16 +12,10 @@ from pippin.layers.kernel_config import (
     AttentionShape,
     SelectKernelConfig,
     first_reason,
+    uneven_heads,
 )
 
 _NO_PAGES = "keys are in no pages, as those of a PagedCache are"
-
-
-def _apart(shape: AttentionShape) -> tuple[bool, str]:
-    return (
-        shape.head_shards != shape.kv_head_shards,
-        f"the mesh splits query heads {shape.head_shards} ways and key heads {shape.kv_head_shards} ways",
-    )
 
 
 def _check_block(name: str, size: int, least: int = 1) -> None:
@@ -76,7 +70,7 @@ class PagedTPUKernelConfig(
             ),
             (shape.has_bias, "it adds no bias to logits"),
             (shape.has_sinks, "it has no sinks"),
-            _apart(shape),
+            uneven_heads(shape),
         )
 
 
@@ -113,7 +107,7 @@ class PagedTritonKernelConfig(
                 f"pages of {shape.page_size} tokens are more than block_size ({self.block_size})",
             ),
             (shape.has_bias, "it adds no bias to logits"),
-            _apart(shape),
+            uneven_heads(shape),
         )
 
 

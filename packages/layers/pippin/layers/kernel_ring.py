@@ -12,7 +12,7 @@ from pippin.core.module import Module
 from pippin.core.sharding import mesh_axes_of, num_shards, on_shards
 from pippin.layers.context import Context, KeyValues
 from pippin.layers.indexing import item, with_item
-from pippin.layers.kernel import Logits, attention_shape, attention_specs, visible
+from pippin.layers.kernel import Logits, attention_shape, attention_specs, padded_segments, visible
 from pippin.layers.kernel_config import RingKernelConfig, choose
 from pippin.layers.precision import at_least_float32
 
@@ -42,8 +42,7 @@ class RingKernel(Module):
             ConfigError: the config does not support the call.
         """
         choose(self.cfg, attention_shape(q, kv, ctx, logits))
-        packed = ctx.segment_ids is not None and kv.segment_ids is not None
-        segments = kv.segment_ids if packed else jnp.zeros_like(kv.positions)
+        _, segments = padded_segments(ctx, kv)
         heads, kv_heads, tokens, head = attention_specs()
         ring = _Ring(
             mesh_axes_of(tokens[1]),

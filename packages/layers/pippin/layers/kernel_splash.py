@@ -38,9 +38,7 @@ class SplashKernel(Module):
             ConfigError: the config does not support the call.
         """
         choose(self.cfg, attention_shape(q, kv, ctx, logits))
-        packed = ctx.segment_ids is not None and kv.segment_ids is not None
-        queries = padded_segments(ctx.positions, ctx.segment_ids if packed else None)
-        keys = padded_segments(kv.positions, kv.segment_ids if packed else None)
+        queries, keys = padded_segments(ctx, kv)
         args = (q * logits.scale, kv.k.astype(q.dtype), kv.v.astype(q.dtype), queries, keys)
         sinks = () if logits.sinks is None else (logits.sinks.astype(jnp.float32),)
 

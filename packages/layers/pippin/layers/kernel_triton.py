@@ -45,8 +45,7 @@ class TritonKernel(Module):
         """
         choose(self.cfg, attention_shape(q, kv, ctx, logits))
         # Each key is of the token of a query: one array of segments is that of both.
-        packed = ctx.segment_ids is not None and kv.segment_ids is not None
-        segments = padded_segments(kv.positions, kv.segment_ids if packed else None)
+        _, segments = padded_segments(ctx, kv)
         sinks = jnp.full(q.shape[2], -jnp.inf) if logits.sinks is None else logits.sinks
         row_bytes = pl.next_power_of_2(q.shape[3]) * q.dtype.itemsize
         call = _Call(

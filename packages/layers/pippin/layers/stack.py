@@ -170,9 +170,8 @@ class SharedKVStack(Module):
         first = RepeatConfig(input_dim=dim, layer=cfg.layer, num_layers=cfg.num_layers - 1, remat=cfg.remat)
         readers = RepeatConfig(input_dim=dim, layer=cfg.reader, num_layers=cfg.num_readers, remat=cfg.remat)
         self.first = first.build(rngs=rngs)
-        self.source = cfg.layer.set(input_dim=dim).build(
-            rngs=rngs
-        )  # not in the scan: its keys and values come out
+        # Not in the scan: its keys and values come out.
+        self.source = cfg.layer.set(input_dim=dim).build(rngs=rngs)
         self.readers = readers.build(rngs=rngs)
         self.remat = cfg.remat
 
