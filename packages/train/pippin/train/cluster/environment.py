@@ -12,6 +12,7 @@ asks JAX.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -101,6 +102,13 @@ def run_as_one(command: Callable[[], int], at_end: Callable[[int], None] | None 
             sys.stderr.flush()
             os._exit(code)
     return code
+
+
+def free_port(host: str = "") -> int:
+    """A port of this machine, or of one of its addresses, for a coordinator to listen on."""
+    with socket.socket() as s:
+        s.bind((host, 0))
+        return s.getsockname()[1]
 
 
 def _is_joined() -> bool:

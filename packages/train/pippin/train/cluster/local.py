@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from pippin.train.cluster import environment
 from pippin.train.cluster.exit_codes import Outcome, describe, outcome_of
 
 _GPUS = Path("/proc/driver/nvidia/gpus")  # a folder each
+_HERE = "127.0.0.1"
 _POLL_S = 0.1
 _NOISE = b"[Gloo] Rank "  # which JAX prints at the first collective on CPUs
 _LAST_LINES = 15  # of the log of a process that failed
@@ -84,7 +84,7 @@ class _Attempt:
 
     def __init__(self, command: Sequence[str], num_processes: int, logs: Path, signals: _Signals):
         self._signals, self._logs = signals, logs
-        coordinator = f"127.0.0.1:{_free_port()}"
+        coordinator = f"{_HERE}:{environment.free_port(_HERE)}"
         self._processes: list[subprocess.Popen[bytes]] = []
         self._readers: list[threading.Thread] = []
         self._killed = False  # those that had not ended with the others
@@ -196,12 +196,6 @@ def _copy(pipe: IO[bytes], path: Path, shown: Any) -> None:
                 with contextlib.suppress(OSError, ValueError):  # nobody reads any more
                     shown.write(line.decode(errors="replace"))
                     shown.flush()
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _say(text: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,9 @@ def _work(config: dict[str, Any]) -> None:
 
     if not jax.distributed.is_initialized():
         address = (
-            f"{_ray('util').get_node_ip_address()}:{_free_port()}" if context.get_world_rank() == 0 else None
+            f"{_ray('util').get_node_ip_address()}:{environment.free_port()}"
+            if context.get_world_rank() == 0
+            else None
         )
         os.environ[environment.COORDINATOR] = _ray("train.collective").broadcast_from_rank_zero(address)
         os.environ[environment.NUM_PROCESSES] = str(context.get_world_size())
@@ -91,12 +92,6 @@ def _work(config: dict[str, Any]) -> None:
 def _ray(module: str = "") -> Any:
     """A module of Ray, which is there where this program runs, and not everywhere that this file is."""
     return importlib.import_module(f"ray.{module}" if module else "ray")
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return s.getsockname()[1]
 
 
 if __name__ == "__main__":
