@@ -34,7 +34,9 @@ class Sampling:
     """How the next token is chosen, in the order of the fields. All were checked by who made it."""
 
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)  # id -> what its logit gains
-    repetition_penalty: float = 1.0  # divides positive logits of tokens in prompt or output, multiplies others
+    repetition_penalty: float = (
+        1.0  # divides positive logits of tokens in prompt or output, multiplies others
+    )
     frequency_penalty: float = 0.0  # taken from a logit for each time that the output holds the token
     presence_penalty: float = 0.0  # taken once
     temperature: float = 1.0  # 0: the most likely token
@@ -42,7 +44,9 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0  # of the most likely token's probability
     seed: int = 0  # the same seed gives the same tokens, whatever else the server does
-    logprobs: int | None = None  # how many of the most likely tokens are told with each; None: none, nor its own
+    logprobs: int | None = (
+        None  # how many of the most likely tokens are told with each; None: none, nor its own
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,336 @@
+"""The engine: a thread that computes step after step, for as many requests as there are."""
+
+import collections
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from pippin.serve.engine.request import FinishReason, Observer, Output, Request, Sampled, Timing, Usage
+from pippin.serve.engine.scheduler import Generation, Limits, Row, Scheduler
+from pippin.serve.engine.text import TextStream
+from pippin.serve.errors import DrainingError, DuplicateError, QueueFullError, RequestError
+
+_log = logging.getLogger(__name__)
+
+# How long `stop` waits for the step that is being computed.
+_LAST_STEP_S = 10.0
+
+OnOutput = Callable[[Output], None]
+
+
+class Runner(Protocol):
+    """Who computes: the model and its cache."""
+
+    def run(self, rows: Sequence[Row]) -> Sequence[Sampled | None]:
+        """Computes the keys and values of all rows, and the next token of those that ask for one."""
+        ...
+
+    def reset(self) -> None:
+        """Makes the cache anew, after a failure. What pages held is lost."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueueLimits:
+    """What may wait, and for how long the engine may stand still."""
+
+    max_waiting: int = 256  # requests
+    max_waiting_tokens: int = 131_072  # of their prompts
+    stall_s: float = 60.0  # without a step, while there is work: the engine hangs
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """How busy the engine is."""
+
+    num_running: int
+    num_waiting: int
+    waiting_tokens: int
+    used_pages: int
+    num_pages: int
+    steps: int
+    preemptions: int
+    prefix_queries: int  # tokens
+    prefix_hits: int  # tokens
+    draining: bool
+    stalled: bool
+
+
+class _Stream:
+    """Where the tokens of a request go."""
+
+    def __init__(self, request: Request, on_output: OnOutput, token_bytes: Callable[[int], bytes]):
+        self.on_output = on_output
+        wants_text = request.text or request.stop_strings
+        self.text = TextStream(token_bytes, request.stop_strings) if wants_text else None
+
+
+class Engine:
+    """Serves requests with a runner, in a thread of its own.
+
+    Outputs are handed over in that thread: who takes them must not block. A request that makes a step fail is found by computing
+    one request a step, and ends alone.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        limits: Limits,
+        token_bytes: Callable[[int], bytes],
+        *,
+        queue: QueueLimits = QueueLimits(),
+        observer: Observer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.limits, self.queue, self.observer, self.clock = limits, queue, observer, clock
+        self._runner, self._token_bytes = runner, token_bytes
+        self._scheduler = Scheduler(limits)
+        self._streams: dict[str, _Stream] = {}  # request_id -> stream
+        self._outbox: list[tuple[OnOutput, Output]] = []  # the thread hands them over, in this order
+        self._suspects: collections.deque[str] = collections.deque()  # requests of a step that failed
+        self._lock = threading.Condition()
+        self._draining = self._stopped = False
+        self._steps = 0
+        self._progress = clock()  # when the last step ended, or work came to an idle engine
+        self._tokens_per_s = 0.0  # lately
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._progress = self.clock()
+        self._thread.start()
+
+    def submit(self, request: Request, on_output: OnOutput) -> None:
+        """Takes a request, whose outputs go to `on_output`.
+
+        Raises:
+            RequestError: it can never be served.
+            DuplicateError: one with its id is being served.
+            QueueFullError: too much waits.
+            DrainingError: no more requests are taken.
+        """
+        if request.num_tokens > self.limits.max_context:
+            raise RequestError(
+                "max_tokens",
+                f"the prompt has {len(request.prompt)} tokens and max_tokens is {request.max_tokens}, and together they must "
+                f"not be more than {self.limits.max_context}. Shorten the prompt or ask for fewer tokens.",
+            )
+        with self._lock:
+            if self._draining:
+                raise DrainingError("this server is about to stop. Ask another one.")
+            if request.request_id in self._scheduler:
+                raise DuplicateError(
+                    f"a request with request_id {request.request_id!r} is being served. Give each request another id."
+                )
+            self._require_room(request)
+            if not self._streams:
+                self._progress = self.clock()
+            self._streams[request.request_id] = _Stream(request, on_output, self._token_bytes)
+            self._scheduler.add(request, self.clock())
+            self._lock.notify_all()
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request that is being served; its pages are free at once."""
+        with self._lock:
+            if request_id in self._scheduler:
+                self._end(request_id, FinishReason.CANCELLED)
+
+    def load(self) -> Load:
+        """How busy the engine is now."""
+        with self._lock:
+            scheduler = self._scheduler
+            stalled = bool(self._streams) and self.clock() - self._progress > self.queue.stall_s
+            return Load(
+                len(scheduler.running),
+                len(scheduler.waiting),
+                scheduler.waiting.num_tokens,
+                scheduler.pool.num_pages - scheduler.pool.num_free,
+                scheduler.pool.num_pages,
+                self._steps,
+                scheduler.num_preemptions,
+                scheduler.prefix_queries,
+                scheduler.prefix_hits,
+                self._draining,
+                stalled,
+            )
+
+    def drain(self) -> None:
+        """Takes no more requests; those that were taken are served."""
+        with self._lock:
+            self._draining = True
+            self._lock.notify_all()
+
+    def stop(self, grace_s: float) -> None:
+        """Drains, waits until all requests ended or the time is over, ends what is left, and stops the thread."""
+        self.drain()
+        until = time.monotonic() + grace_s
+        with self._lock:
+            while self._streams and (left := until - time.monotonic()) > 0:
+                self._lock.wait(left)
+            for request_id in list(self._streams):
+                self._end(request_id, FinishReason.SHUTDOWN)
+            self._stopped = True
+            self._lock.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(_LAST_STEP_S)
+        self._deliver()  # where a step hangs
+
+    def _require_room(self, request: Request) -> None:
+        waiting, queue = self._scheduler.waiting, self.queue
+        tokens = waiting.num_tokens + len(request.prompt)
+        # A prompt that is longer than the queue is taken where nothing waits.
+        if len(waiting) < queue.max_waiting and (tokens <= queue.max_waiting_tokens or len(waiting) == 0):
+            return
+        retry_after_s = min(60.0, max(1.0, waiting.num_tokens / max(self._tokens_per_s, 1.0)))
+        raise QueueFullError(
+            f"{len(waiting)} requests with {waiting.num_tokens} tokens wait already, of {queue.max_waiting} and "
+            f"{queue.max_waiting_tokens} at most. Try again in {retry_after_s:.0f} s.",
+            retry_after_s,
+        )
+
+    def _serve(self) -> None:
+        while True:
+            with self._lock:
+                while not (self._streams or self._outbox or self._stopped):
+                    self._lock.wait()
+                self._expire()
+                rows = self._scheduler.schedule(self.clock(), self._suspects[0] if self._suspects else None)
+            self._deliver()
+            if self._stopped:
+                return
+            if rows:
+                self._step(rows)
+
+    def _step(self, rows: Sequence[Row]) -> None:
+        start = self.clock()
+        try:
+            sampled = self._runner.run(rows)
+        except Exception:
+            _log.exception("a step of %d requests failed", len(rows))
+            self._recover(rows)
+            return
+        now = self.clock()
+        num_tokens = sum(len(row.tokens) for row in rows)
+        with self._lock:
+            self._steps += 1
+            self._progress = now
+            rate = num_tokens / max(now - start, 1e-6)
+            self._tokens_per_s = rate if not self._tokens_per_s else 0.9 * self._tokens_per_s + 0.1 * rate
+            self._scheduler.update(
+                rows, [s.token if s is not None and s.token >= 0 else None for s in sampled]
+            )
+            self._clear_suspect(rows)
+            gaps = self._advance(rows, sampled, now)
+        self._deliver()
+        if self.observer is not None:
+            self.observer.on_step(num_tokens, len(rows), now - start)
+            self.observer.on_tokens(gaps)
+
+    def _advance(self, rows: Sequence[Row], sampled: Sequence[Sampled | None], now: float) -> list[float]:
+        """Tells each request its token. The result: how long after the one before each came, in seconds."""
+        gaps = []
+        for row, one in zip(rows, sampled, strict=True):
+            generation = self._scheduler.get(row.request_id)
+            if one is None or generation is None:
+                continue
+            if one.token < 0:
+                _log.error("request %s failed: it has no next token", row.request_id)
+                self._end(row.request_id, FinishReason.FAILED)
+                continue
+            if generation.first_token is None:
+                generation.first_token = now
+                if self.observer is not None:
+                    self.observer.on_first_token(generation.request, now - generation.arrived)
+            else:
+                gaps.append(now - generation.last_token)
+            generation.last_token = now
+            try:
+                self._output(generation, one)
+            except Exception:  # its constraint may be at fault, and nobody else is
+                _log.exception("request %s failed at a token", row.request_id)
+                self._end(row.request_id, FinishReason.FAILED)
+        return gaps
+
+    def _output(self, generation: Generation, sampled: Sampled) -> None:
+        """Hands a request's caller what is new after a token, if anything is."""
+        request = generation.request
+        stream, token = self._streams[request.request_id], sampled.token
+        complete = request.constraint is not None and request.constraint.accept(token)
+        reason, matched = None, None
+        text, tokens = "", ()
+        if token in request.stop_ids:
+            reason, matched = FinishReason.STOP, token
+        elif stream.text is None:
+            tokens = (sampled,)
+        elif (matched := stream.text.add(sampled)) is not None:
+            reason = FinishReason.STOP
+        if reason is None and complete:
+            reason = FinishReason.STOP
+        elif reason is None and generation.num_output >= request.max_tokens:
+            reason = FinishReason.LENGTH
+        if stream.text is not None:
+            text, tokens = stream.text.take(last=reason is not None)
+        if reason is not None:
+            self._end(request.request_id, reason, text, tokens, matched)
+        elif tokens or text:
+            output = Output(request.request_id, text, tokens, usage=_usage(generation))
+            self._outbox.append((stream.on_output, output))
+
+    def _end(
+        self,
+        request_id: str,
+        reason: FinishReason,
+        text: str = "",
+        tokens: tuple[Sampled, ...] = (),
+        matched: str | int | None = None,
+    ) -> None:
+        """Frees all that a request has, and hands its caller the last output."""
+        generation = self._scheduler.remove(request_id)
+        stream = self._streams.pop(request_id)
+        if request_id in self._suspects:
+            self._suspects.remove(request_id)
+        output = Output(request_id, text, tokens, reason, matched, _usage(generation))
+        if self.observer is not None:
+            times = Timing(generation.arrived, generation.scheduled, generation.first_token, self.clock())
+            self.observer.on_finish(generation.request, output, times)
+        self._outbox.append((stream.on_output, output))
+        self._lock.notify_all()
+
+    def _expire(self) -> None:
+        now = self.clock()
+        for generation in self._scheduler.generations():
+            deadline = generation.request.deadline
+            if deadline is not None and deadline <= now:
+                self._end(generation.request.request_id, FinishReason.DEADLINE)
+
+    def _recover(self, rows: Sequence[Row]) -> None:
+        """After a step that failed: one request is computed a step, until each had its step or made it fail."""
+        with self._lock:
+            self._progress = self.clock()
+            if len(rows) == 1 and rows[0].request_id in self._scheduler:
+                self._end(rows[0].request_id, FinishReason.FAILED)
+            elif not self._suspects:
+                self._suspects.extend(row.request_id for row in rows if row.request_id in self._scheduler)
+            self._scheduler.reset()
+        self._runner.reset()
+
+    def _clear_suspect(self, rows: Sequence[Row]) -> None:
+        """A request whose step went well, up to its next token, did not make one fail."""
+        if self._suspects and rows[0].request_id == self._suspects[0] and rows[0].sampling is not None:
+            self._suspects.popleft()
+
+    def _deliver(self) -> None:
+        with self._lock:
+            outbox, self._outbox = self._outbox, []
+        for on_output, output in outbox:
+            try:
+                on_output(output)
+            except Exception:
+                _log.exception("an output of request %s could not be handed over", output.request_id)
+
+
+def _usage(generation: Generation) -> Usage:
+    return Usage(len(generation.request.prompt), generation.num_cached, generation.num_output)

@@ -1,0 +1,276 @@
+"""The engine with a runner whose answers are known: outputs, limits, deadlines, cancellation, failures, the end."""
+
+import queue
+import threading
+import time
+
+import pytest
+
+from pippin.serve.engine.engine import Engine, QueueLimits
+from pippin.serve.engine.request import FinishReason, Request
+from pippin.serve.engine.scheduler import Limits
+from pippin.serve.engine.testing import FakeRunner, answer, token_bytes
+from pippin.serve.errors import DrainingError, DuplicateError, QueueFullError, RequestError
+
+LIMITS = Limits(num_pages=32, page_size=4, max_requests=4, chunk_tokens=16, row_tokens=4)
+
+
+class Clock:
+    """Time that a test sets."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+class Caller:
+    """A caller of the engine that keeps all outputs."""
+
+    def __init__(self):
+        self.outputs = queue.Queue()
+
+    def __call__(self, output):
+        self.outputs.put(output)
+
+    def wait(self):
+        """All outputs, up to the last one."""
+        outputs = []
+        while not outputs or outputs[-1].finish_reason is None:
+            outputs.append(self.outputs.get(timeout=20))
+        assert self.outputs.empty(), "there is an output behind the last one"
+        return outputs
+
+
+@pytest.fixture
+def make_engine(request):
+    def make(limits=LIMITS, **kwargs):
+        runner = FakeRunner(limits)
+        engine = Engine(runner, limits, token_bytes, **kwargs)
+        engine.start()
+
+        def end():
+            runner.hold.set()
+            engine.stop(0)
+            assert engine.load().used_pages == 0
+
+        request.addfinalizer(end)
+        return engine, runner
+
+    return make
+
+
+def submit(engine, request_id="r", prompt=b"hello", max_tokens=6, **kwargs):
+    caller = Caller()
+    request = Request(request_id=request_id, prompt=tuple(prompt), max_tokens=max_tokens, **kwargs)
+    engine.submit(request, caller)
+    return caller
+
+
+def text(outputs):
+    return "".join(output.text for output in outputs)
+
+
+def wait_for(condition):
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.002)
+
+
+def test_a_request_is_answered(make_engine):
+    engine, _ = make_engine()
+    outputs = submit(engine).wait()
+    assert text(outputs) == bytes(answer(b"hello", 6)).decode()
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    assert [s.token for o in outputs for s in o.tokens] == answer(b"hello", 6)
+    usage = outputs[-1].usage
+    assert (usage.prompt_tokens, usage.output_tokens, usage.cached_tokens) == (5, 6, 0)
+
+
+def test_many_requests_get_the_answers_that_each_gets_alone(make_engine):
+    engine, _ = make_engine()
+    callers = {i: submit(engine, str(i), b"prompt %02d" % i * (i % 3 + 1), 8) for i in range(30)}
+    for i, caller in callers.items():
+        assert text(caller.wait()) == bytes(answer(b"prompt %02d" % i * (i % 3 + 1), 8)).decode()
+
+
+def test_a_stop_string_ends_the_text_before_it(make_engine):
+    engine, _ = make_engine()
+    whole = bytes(answer(b"hello", 20)).decode()
+    outputs = submit(engine, max_tokens=20, stop_strings=(whole[5:8],)).wait()
+    assert text(outputs) == whole[: whole.index(whole[5:8])]
+    assert (outputs[-1].finish_reason, outputs[-1].matched_stop) == (FinishReason.STOP, whole[5:8])
+
+
+def test_a_stop_id_ends_the_text_and_is_left_out(make_engine):
+    engine, _ = make_engine()
+    whole = answer(b"hello", 20)
+    outputs = submit(engine, max_tokens=20, stop_ids=frozenset({whole[4]})).wait()
+    assert [s.token for o in outputs for s in o.tokens] == whole[: whole.index(whole[4])]
+    assert outputs[-1].matched_stop == whole[4]
+
+
+def test_a_full_queue_refuses_with_when_to_come_again(make_engine):
+    engine, runner = make_engine(queue=QueueLimits(max_waiting=2))
+    runner.hold.clear()
+    callers = [submit(engine, "0")]
+    wait_for(lambda: engine.load().num_running == 1)
+    callers += [submit(engine, "1"), submit(engine, "2")]
+    with pytest.raises(QueueFullError, match="2 requests with 10 tokens wait already") as caught:
+        submit(engine, "3")
+    assert 1 <= caught.value.retry_after_s <= 60
+    runner.hold.set()
+    for caller in callers:
+        assert caller.wait()[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_the_queue_is_limited_in_tokens_too(make_engine):
+    engine, runner = make_engine(queue=QueueLimits(max_waiting_tokens=12))
+    runner.hold.clear()
+    submit(engine, "0")
+    wait_for(lambda: engine.load().num_running == 1)
+    submit(engine, "1", b"x" * 20)  # nothing waits: it is taken
+    with pytest.raises(QueueFullError, match="1 requests with 20 tokens"):
+        submit(engine, "2", b"x")
+
+
+def test_what_can_never_be_served_is_refused(make_engine):
+    engine, _ = make_engine()
+    with pytest.raises(RequestError, match="120 tokens and max_tokens is 9.* more than 128") as caught:
+        submit(engine, prompt=b"x" * 120, max_tokens=9)
+    assert caught.value.field == "max_tokens"
+
+
+def test_an_id_is_served_once_at_a_time(make_engine):
+    engine, runner = make_engine()
+    runner.hold.clear()
+    first = submit(engine, "same")
+    with pytest.raises(DuplicateError, match="'same' is being served"):
+        submit(engine, "same")
+    runner.hold.set()
+    first.wait()
+    assert submit(engine, "same").wait()
+
+
+def test_cancelling_frees_the_pages_before_the_next_step(make_engine):
+    engine, runner = make_engine()
+    runner.hold.clear()
+    caller = submit(engine)
+    wait_for(lambda: engine.load().used_pages == 2)
+    engine.cancel("r")
+    assert engine.load().used_pages == 0
+    engine.cancel("r")  # again: nothing happens
+    runner.hold.set()
+    assert [o.finish_reason for o in caller.wait()] == [FinishReason.CANCELLED]
+
+
+def test_deadlines_end_requests_that_wait_and_that_are_served(make_engine):
+    clock = Clock()
+    engine, runner = make_engine(limits=Limits(num_pages=8, page_size=4, max_requests=1), clock=clock)
+    runner.hold.clear()
+    served = submit(engine, "served", deadline=105.0)
+    wait_for(lambda: engine.load().num_running == 1)
+    waiting = submit(engine, "waiting", deadline=104.0)
+    patient = submit(engine, "patient", deadline=500.0)
+    clock.now = 110.0
+    runner.hold.set()
+    assert served.wait()[-1].finish_reason is FinishReason.DEADLINE
+    assert [o.finish_reason for o in waiting.wait()] == [FinishReason.DEADLINE]
+    assert patient.wait()[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_request_that_breaks_its_step_fails_alone(make_engine):
+    engine, runner = make_engine()
+    runner.hold.clear()
+    runner.broken.add("bad")
+    callers = {name: submit(engine, name, name.encode() * 5) for name in ("good", "bad", "fine", "last")}
+    runner.hold.set()
+    assert callers.pop("bad").wait()[-1].finish_reason is FinishReason.FAILED
+    for name, caller in callers.items():
+        assert text(caller.wait()) == bytes(answer(name.encode() * 5, 6)).decode()
+    assert text(submit(engine, "after").wait()) == bytes(answer(b"hello", 6)).decode()
+
+
+class _Broken:
+    def write_mask(self, allowed):
+        raise NotImplementedError
+
+    def accept(self, token):
+        raise RuntimeError("a constraint at fault")
+
+
+def test_a_constraint_that_fails_ends_its_own_request(make_engine):
+    engine, _ = make_engine()
+    bad, good = submit(engine, "bad", constraint=_Broken()), submit(engine, "good")
+    assert bad.wait()[-1].finish_reason is FinishReason.FAILED
+    assert good.wait()[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_an_engine_that_stands_still_says_so(make_engine):
+    clock = Clock()
+    engine, runner = make_engine(clock=clock, queue=QueueLimits(stall_s=30))
+    clock.now += 1000
+    assert not engine.load().stalled  # it has nothing to do
+    runner.hold.clear()
+    caller = submit(engine)
+    wait_for(lambda: engine.load().num_running == 1)
+    clock.now += 29
+    assert not engine.load().stalled
+    clock.now += 2
+    assert engine.load().stalled
+    runner.hold.set()
+    caller.wait()
+    wait_for(lambda: not engine.load().stalled)
+
+
+def test_draining_finishes_what_was_taken(make_engine):
+    engine, runner = make_engine()
+    runner.hold.clear()
+    callers = [submit(engine, str(i)) for i in range(8)]
+    engine.drain()
+    with pytest.raises(DrainingError, match="about to stop"):
+        submit(engine, "late")
+    threading.Timer(0.05, runner.hold.set).start()
+    engine.stop(20)
+    for caller in callers:
+        assert caller.wait()[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_what_is_left_after_the_grace_is_told(make_engine):
+    engine, runner = make_engine()
+    runner.hold.clear()
+    caller = submit(engine)
+    threading.Timer(0.05, runner.hold.set).start()
+    engine.stop(0)
+    assert caller.wait()[-1].finish_reason is FinishReason.SHUTDOWN
+
+
+class _Observer:
+    def __init__(self):
+        self.finished, self.steps, self.first, self.gaps = [], [], [], []
+
+    def on_finish(self, request, output, timing):
+        self.finished.append((request.request_id, output.finish_reason, timing))
+
+    def on_step(self, num_tokens, num_requests, seconds):
+        self.steps.append((num_tokens, num_requests))
+
+    def on_tokens(self, seconds):
+        self.gaps += seconds
+
+    def on_first_token(self, request, seconds):
+        self.first.append(request.request_id)
+
+
+def test_an_observer_is_told_all(make_engine):
+    observer = _Observer()
+    engine, _ = make_engine(observer=observer)
+    submit(engine).wait()
+    wait_for(lambda: len(observer.gaps) == 5)
+    assert observer.steps == [(5, 1), *[(1, 1)] * 5]
+    assert observer.first == ["r"]
+    ((request_id, reason, timing),) = observer.finished
+    assert (request_id, reason) == ("r", FinishReason.LENGTH)
+    assert timing.arrived <= timing.scheduled <= timing.first_token <= timing.finished

@@ -1,0 +1,262 @@
+"""Which tokens of which requests a step computes. There is no phase: a prompt and an answer are tokens alike."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from pippin.serve.engine.page_pool import PagePool, prefix_keys
+from pippin.serve.engine.request import Constraint, Request, Sampling
+from pippin.serve.engine.waiting import WaitingQueue
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a step and the cache hold."""
+
+    num_pages: int
+    page_size: int = 16  # tokens
+    max_requests: int = 32  # served at a time
+    chunk_tokens: int = 128  # of a step, beside one for each request
+    row_tokens: int = 16  # a chunk is computed in rows of so many, the last of a request not full
+    aging_s: float = 10.0  # who waits so long is as urgent as who came now with a priority higher by one
+
+    @property
+    def max_context(self) -> int:
+        """The longest text that the cache holds."""
+        return self.num_pages * self.page_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Tokens of one request that a step computes."""
+
+    request_id: str
+    tokens: Sequence[int]
+    position: int  # of the first
+    pages: Sequence[int]  # of the text, from its start to the last of the tokens
+    sampling: Sampling | None  # how to choose the token that follows; None: there is more of the text already
+    history: Sequence[int]  # prompt and output so far
+    num_prompt: int  # of these are the prompt
+    constraint: Constraint | None
+
+
+class Generation:
+    """A request on its way."""
+
+    def __init__(self, request: Request, arrived: float, number: int, aging_s: float):
+        self.request, self.arrived = request, arrived
+        self.tenant = request.tenant
+        self.urgency = (arrived - request.priority * aging_s, number)
+        self.tokens = list(request.prompt)  # and output
+        self.pages: list[int] = []
+        self.keys: list[bytes] = []  # of its full pages
+        self.num_computed = 0  # tokens whose keys and values are in the pages
+        self.num_cached = 0  # of the prompt, that were there when it was first scheduled
+        self.scheduled: float | None = None  # when it first was
+        self.first_token: float | None = None  # when it came
+        self.last_token = arrived  # when the newest came
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return len(self.tokens)
+
+
+class Scheduler:
+    """Assigns the tokens of each step, pages to texts, and turns to requests.
+
+    Each request that is served and whose text is computed gets its next token in every step. Texts that are not computed
+    yet share a chunk of the step, those of the tenant that got least first. Who is served gives up its turn, to be computed
+    again later from what the pages still hold, where pages run out, where its tenant has more than its share while
+    another waits, and to a more urgent request of its own tenant.
+    """
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.pool = PagePool(limits.num_pages)
+        self.waiting: WaitingQueue[Generation] = WaitingQueue()
+        self.running: dict[str, Generation] = {}  # request_id -> generation
+        self.num_preemptions = 0
+        self.prefix_queries = 0  # tokens of prompts that were looked for
+        self.prefix_hits = 0  # and found
+        self._generations: dict[str, Generation] = {}  # request_id -> generation
+        self._number = 0
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._generations
+
+    def generations(self) -> list[Generation]:
+        """All that wait or are served."""
+        return list(self._generations.values())
+
+    def get(self, request_id: str) -> Generation | None:
+        """The generation of a request; None where it has ended."""
+        return self._generations.get(request_id)
+
+    def add(self, request: Request, now: float) -> Generation:
+        """Takes a request, which fits into the cache and whose id is not in use."""
+        assert request.request_id not in self and request.num_tokens <= self.limits.max_context
+        self._number += 1
+        generation = Generation(request, now, self._number, self.limits.aging_s)
+        self._generations[request.request_id] = generation
+        self.waiting.enter(generation)
+        return generation
+
+    def remove(self, request_id: str) -> Generation:
+        """Ends a request. Its pages are free when this returns."""
+        generation = self._generations.pop(request_id)
+        if self.running.pop(request_id, None) is None:
+            self.waiting.remove(generation)
+        self._release(generation)
+        self.waiting.leave(generation)
+        return generation
+
+    def schedule(self, now: float, only: str | None = None) -> list[Row]:
+        """The rows of the next step, one for each request that has a part in it; `only` one request's, if it is named."""
+        if only is not None:
+            for generation in [g for g in self.running.values() if g.request.request_id != only]:
+                self._preempt(generation)
+        while generation := self._admit(only):
+            if generation.scheduled is None:
+                generation.scheduled, generation.num_cached = now, generation.num_computed
+        rows: list[Row] = []
+        chunk_rows = self.limits.chunk_tokens // self.limits.row_tokens
+        for generation in sorted(self.running.values(), key=self._turn):
+            if generation.request.request_id in self.running:
+                chunk_rows -= self._assign(generation, chunk_rows, rows)
+        # One that has a row may have given up its turn to one that was assigned later.
+        return [row for row in rows if row.request_id in self.running]
+
+    def update(self, rows: Sequence[Row], tokens: Sequence[int | None]) -> None:
+        """Tells what a step computed: for each row the token that follows it, where there is one."""
+        for row, token in zip(rows, tokens, strict=True):
+            generation = self.running.get(row.request_id)
+            if generation is None:
+                continue  # it ended meanwhile
+            generation.num_computed += len(row.tokens)
+            self._remember(generation, row.position // self.limits.page_size)
+            if token is not None:
+                generation.tokens.append(token)
+
+    def reset(self) -> None:
+        """All that pages hold is lost: each request is computed again."""
+        for generation in list(self.running.values()):
+            self._preempt(generation)
+        self.pool.clear()
+
+    def _assign(self, generation: Generation, chunk_rows: int, rows: list[Row]) -> int:
+        """Adds a row with as many tokens as there is room for; returns how many rows of the chunk it takes."""
+        limits, start = self.limits, generation.num_computed
+        pending = len(generation.tokens) - start
+        count = pending if pending == 1 else min(pending, chunk_rows * limits.row_tokens)
+        if count == 0 or not self._reserve(generation, start + count):
+            return 0
+        request = generation.request
+        rows.append(
+            Row(
+                request.request_id,
+                generation.tokens[start : start + count],
+                start,
+                generation.pages[: -(-(start + count) // limits.page_size)],
+                request.sampling if count == pending else None,
+                generation.tokens,
+                len(request.prompt),
+                request.constraint,
+            )
+        )
+        self.waiting.charge(generation.tenant, count)
+        return 0 if count == 1 else -(-count // limits.row_tokens)
+
+    def _reserve(self, generation: Generation, num_tokens: int) -> bool:
+        """Gives a text the pages for so many tokens; False where it had to give up its turn."""
+        needed = -(-num_tokens // self.limits.page_size) - len(generation.pages)
+        while needed > self.pool.num_free:
+            victim = max(self.running.values(), key=self._expendable)
+            self._preempt(victim)
+            if victim is generation:
+                return False
+        if needed > 0:
+            pages = self.pool.take(needed)
+            assert pages is not None
+            generation.pages += pages
+        return True
+
+    def _admit(self, only: str | None) -> Generation | None:
+        """The next request that gets a turn, with what the pages hold of its text."""
+        generation = self._generations.get(only) if only is not None else self.waiting.next()
+        if generation is None or generation.request.request_id in self.running:
+            return None
+        if len(self.running) >= self.limits.max_requests and not self._make_way(generation):
+            return None
+        self.waiting.remove(generation)
+        size = self.limits.page_size
+        generation.keys = prefix_keys(generation.tokens, size, _salt(generation.request), generation.keys)
+        # The last token is computed in any case: the next one follows from it.
+        reusable = generation.keys[: (len(generation.tokens) - 1) // size]
+        generation.pages = self.pool.find(reusable)
+        generation.num_computed = len(generation.pages) * size
+        missing = -(-len(generation.tokens) // size) - len(generation.pages)
+        if self.running and missing > self.pool.num_free:
+            self._release(generation)
+            self.waiting.put_back(generation)
+            return None
+        self.prefix_queries += len(generation.tokens)
+        self.prefix_hits += generation.num_computed
+        self.running[generation.request.request_id] = generation
+        return generation
+
+    def _make_way(self, generation: Generation) -> bool:
+        """Takes the turn of one that is served for another that waits, if it ought to have it."""
+        counts = self._counts()
+        own = [g for g in self.running.values() if g.tenant == generation.tenant]
+        if len(own) < self._share():
+            over = [g for g in self.running.values() if counts[g.tenant] > self._share()]
+        else:
+            over = [g for g in own if g.urgency > generation.urgency]
+        if not over:
+            return False
+        self._preempt(max(over, key=lambda g: (counts[g.tenant], g.urgency)))
+        return True
+
+    def _turn(self, generation: Generation) -> tuple[float, tuple[float, int]]:
+        """The order in which texts get their part of a chunk."""
+        return self.waiting.served(generation.tenant), generation.urgency
+
+    def _share(self) -> int:
+        """How many requests each tenant may have served while others wait."""
+        return max(1, self.limits.max_requests // max(1, self.waiting.num_tenants))
+
+    def _counts(self) -> dict[str, int]:
+        counts: dict[str, int] = {}  # tenant -> requests that are served
+        for generation in self.running.values():
+            counts[generation.tenant] = counts.get(generation.tenant, 0) + 1
+        return counts
+
+    def _expendable(self, generation: Generation) -> tuple[bool, tuple[float, int]]:
+        return self._counts()[generation.tenant] > self._share(), generation.urgency
+
+    def _preempt(self, generation: Generation) -> None:
+        del self.running[generation.request.request_id]
+        self._release(generation)
+        self.waiting.put_back(generation)
+        self.num_preemptions += 1
+
+    def _release(self, generation: Generation) -> None:
+        self.pool.release(generation.pages)
+        generation.pages, generation.num_computed = [], 0
+
+    def _remember(self, generation: Generation, first: int) -> None:
+        """Makes its full pages known, from the first one that was not."""
+        size = self.limits.page_size
+        full = generation.num_computed // size
+        if full > len(generation.keys):
+            known = generation.tokens[: full * size]
+            generation.keys = prefix_keys(known, size, _salt(generation.request), generation.keys)
+        for page, key in zip(generation.pages[first:full], generation.keys[first:full], strict=True):
+            self.pool.remember(page, key)
+
+
+def _salt(request: Request) -> str:
+    return f"{len(request.tenant)}:{request.tenant}{request.cache_salt}"

@@ -1,0 +1,202 @@
+"""Random traces of requests against what must hold at each step, and what is promised of their order."""
+
+import collections
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pippin.serve.engine.request import Request, Sampling
+from pippin.serve.engine.scheduler import Limits, Scheduler
+from pippin.serve.engine.testing import FakeRunner, answer
+
+LIMITS = Limits(num_pages=12, page_size=4, max_requests=3, chunk_tokens=8, row_tokens=4, aging_s=4.0)
+
+
+def make_request(request_id="r", prompt=b"hello", max_tokens=4, **kwargs):
+    return Request(request_id=request_id, prompt=tuple(prompt), max_tokens=max_tokens, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrival:
+    at: int  # the step
+    request: Request
+    cancelled_after: int | None  # steps
+
+
+def _arrivals(number):
+    prompts = st.lists(st.sampled_from(b"ab"), min_size=1, max_size=30).map(bytes)
+    return st.builds(
+        lambda at, prompt, max_tokens, priority, tenant, salt, cancelled: Arrival(
+            at,
+            make_request(str(number), prompt, max_tokens, priority=priority, tenant=tenant, cache_salt=salt),
+            cancelled,
+        ),
+        st.integers(0, 12),
+        prompts,
+        st.integers(1, 10),
+        st.integers(-3, 3),
+        st.sampled_from(["x", "y", "z"]),
+        st.sampled_from(["", "salt"]),
+        st.none() | st.integers(0, 20),
+    )
+
+
+traces = st.integers(1, 12).flatmap(lambda n: st.tuples(*(_arrivals(i) for i in range(n))))
+
+
+class World:
+    """A scheduler and a runner, step by step, with what must hold checked at each."""
+
+    def __init__(self, limits=LIMITS):
+        self.limits = limits
+        self.scheduler, self.runner = Scheduler(limits), FakeRunner(limits)
+        self.done = {}  # request_id -> output
+        self.now = 0.0
+
+    def step(self):
+        self.now += 1.0
+        rows = self.scheduler.schedule(self.now)
+        self.check(rows)
+        sampled = self.runner.run(rows)  # which checks that the pages hold the texts
+        self.scheduler.update(rows, [None if s is None else s.token for s in sampled])
+        for row in rows:
+            generation = self.scheduler.get(row.request_id)
+            if generation.num_output >= generation.request.max_tokens:
+                self.done[row.request_id] = generation.tokens[len(generation.request.prompt) :]
+                self.scheduler.remove(row.request_id)
+        return rows
+
+    def check(self, rows):
+        scheduler, limits, pool = self.scheduler, self.limits, self.scheduler.pool
+        users = collections.Counter(page for g in scheduler.generations() for page in g.pages)
+        assert all(pool.users(page) == users[page] for page in range(pool.num_pages))
+        assert pool.num_free == pool.num_pages - len(users)
+        assert len(scheduler.running) <= limits.max_requests
+        assert bool(rows) == bool(scheduler.generations()), "a step computes nothing although somebody waits"
+        assert len({row.request_id for row in rows}) == len(rows)
+        chunk = sum(-(-len(row.tokens) // limits.row_tokens) for row in rows if len(row.tokens) > 1)
+        assert chunk <= limits.chunk_tokens // limits.row_tokens
+        written = collections.Counter(
+            row.pages[position // limits.page_size]
+            for row in rows
+            for position in {p // limits.page_size * limits.page_size for p in self._positions(row)}
+        )
+        for page, writers in written.items():
+            assert writers == 1 and users[page] == 1, "a page that is written has one user"
+
+    @staticmethod
+    def _positions(row):
+        return range(row.position, row.position + len(row.tokens))
+
+
+@settings(max_examples=300, deadline=None)
+@given(traces)
+def test_every_trace_ends_with_every_request_answered_as_if_alone(trace):
+    world, cancelled = World(), set()
+    for step in range(2000):
+        for arrival in trace:
+            request_id = arrival.request.request_id
+            if arrival.at == step:
+                world.scheduler.add(arrival.request, world.now)
+            ends = arrival.cancelled_after
+            if ends is not None and arrival.at + ends == step and request_id in world.scheduler:
+                world.scheduler.remove(request_id)
+                cancelled.add(request_id)
+        if not world.scheduler.generations() and step > 40:
+            break
+        world.step()
+    assert not world.scheduler.generations(), "a request never ends"
+    assert world.scheduler.pool.num_free == world.limits.num_pages
+    for arrival in trace:
+        request = arrival.request
+        if request.request_id not in cancelled:
+            assert world.done[request.request_id] == answer(request.prompt, request.max_tokens)
+
+
+def test_prompt_and_answers_share_a_step():
+    world = World(dataclasses.replace(LIMITS, num_pages=30))
+    world.scheduler.add(make_request("short", b"ab", 8), 0.0)
+    world.step()
+    world.scheduler.add(make_request("long", b"b" * 20, 2), 0.0)
+    rows = {row.request_id: len(row.tokens) for row in world.step()}
+    assert rows == {"short": 1, "long": 8}
+
+
+def test_a_prefix_that_was_computed_is_not_computed_again():
+    world = World()
+    world.scheduler.add(make_request("first", b"abcdefghij", 1), 0.0)
+    while world.scheduler.generations():
+        world.step()
+    world.scheduler.add(make_request("second", b"abcdefghxy", 1), 0.0)
+    (row,) = world.step()
+    assert row.position == 8
+    assert (world.scheduler.prefix_queries, world.scheduler.prefix_hits) == (20, 8)
+
+
+def test_the_last_token_of_a_known_prompt_is_computed():
+    world = World()
+    for name in ("first", "second"):
+        world.scheduler.add(make_request(name, b"abcdefgh", 1), 0.0)
+        while world.scheduler.generations():
+            rows = world.step()
+    assert (rows[0].position, bytes(rows[0].tokens)) == (4, b"efgh")
+    assert world.done["second"] == answer(b"abcdefgh", 1)
+
+
+@pytest.mark.parametrize("other", [{"tenant": "b"}, {"cache_salt": "pepper"}, {"tenant": "asalt"}])
+def test_other_tenants_and_salts_share_no_prefix(other):
+    world = World()
+    for name, whose in (("first", {"tenant": "a", "cache_salt": "salt"}), ("second", other)):
+        world.scheduler.add(make_request(name, b"abcdefghij", 1, **whose), 0.0)
+        while world.scheduler.generations():
+            world.step()
+    assert world.scheduler.prefix_hits == 0
+
+
+def test_a_tenant_that_floods_takes_no_more_than_its_share():
+    world = World(dataclasses.replace(LIMITS, max_requests=4, num_pages=100))
+    for i in range(50):
+        world.scheduler.add(make_request(f"flood{i}", b"%03d" % i, 20, tenant="a", priority=9), 0.0)
+    for _ in range(5):
+        world.step()
+    world.scheduler.add(make_request("guest", b"hello", 4, tenant="b"), 0.0)
+    for _ in range(6):
+        world.step()
+    assert "guest" in world.done  # as soon as if it were alone, but for a step
+    assert world.scheduler.num_preemptions == 1
+
+
+def test_the_more_urgent_of_a_tenant_comes_first_and_nobody_waits_for_ever():
+    world = World(dataclasses.replace(LIMITS, max_requests=1, num_pages=100))
+    world.scheduler.add(make_request("humble", b"abc", 1, priority=0), 0.0)
+    ended = []
+    for i in range(40):
+        # There is always one with a higher priority: by and by the one that waits is as urgent.
+        world.scheduler.add(make_request(f"high{i}", b"xy%02d" % i, 1, priority=2), world.now)
+        world.step()
+        ended = list(world.done)
+        if "humble" in ended:
+            break
+    assert ended[0] == "high0"
+    assert 2 <= ended.index("humble") <= 10
+
+
+def test_preemption_for_want_of_pages_loses_nothing():
+    world = World(dataclasses.replace(LIMITS, num_pages=6))
+    for name in ("one", "two"):
+        world.scheduler.add(make_request(name, name.encode() * 3, 12), 0.0)
+    while world.scheduler.generations():
+        world.step()
+    assert world.scheduler.num_preemptions >= 1
+    for name in ("one", "two"):
+        assert world.done[name] == answer(name.encode() * 3, 12)
+
+
+def test_sampling_is_asked_for_at_the_end_of_the_text_only():
+    world = World()
+    world.scheduler.add(make_request("r", b"x" * 20, 2), 0.0)
+    asked = [row.sampling is not None for _ in range(4) for row in world.step()]
+    assert asked == [False, False, True, True]
+    assert make_request().sampling == Sampling()

@@ -1,0 +1,63 @@
+"""A runner and tokens for tests of what surrounds a model: no arrays are computed, and every answer is known."""
+
+import hashlib
+import threading
+from collections.abc import Sequence
+
+from pippin.serve.engine.request import Sampled
+from pippin.serve.engine.scheduler import Limits, Row
+
+VOCAB_SIZE = 256  # a token is a byte
+
+
+def token_bytes(token: int) -> bytes:
+    """The bytes of a token."""
+    return bytes([token])
+
+
+def answer(prompt: Sequence[int], count: int, seed: int = 0) -> list[int]:
+    """What the FakeRunner continues a prompt with: letters."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(_next(tokens, seed))
+    return tokens[len(prompt) :]
+
+
+class FakeRunner:
+    """Continues each text by a letter that depends on all of it, and checks that pages hold what they should.
+
+    Set `hold` to make steps wait, and put the ids of requests into `broken` to make their steps fail.
+    """
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.steps: list[list[Row]] = []
+        self.broken: set[str] = set()
+        self.hold = threading.Event()
+        self.hold.set()
+        self.reset()
+
+    def reset(self) -> None:
+        self._pages = [[-1] * self.limits.page_size for _ in range(self.limits.num_pages)]
+
+    def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
+        """See `Runner`."""
+        self.hold.wait()
+        self.steps.append(list(rows))
+        if broken := self.broken & {row.request_id for row in rows}:
+            raise RuntimeError(f"the step of {broken} fails")
+        for row in rows:
+            for i, token in enumerate(row.tokens, row.position):
+                self._pages[row.pages[i // self.limits.page_size]][i % self.limits.page_size] = token
+        return [self._sample(row) for row in rows]
+
+    def _sample(self, row: Row) -> Sampled | None:
+        held = [token for page in row.pages for token in self._pages[page]]
+        end = row.position + len(row.tokens)
+        assert held[:end] == list(row.history[:end]), f"the pages of {row.request_id} hold another text"
+        return None if row.sampling is None else Sampled(_next(row.history, row.sampling.seed))
+
+
+def _next(tokens: Sequence[int], seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed} {list(tokens)}".encode(), digest_size=2).digest()
+    return ord("a") + int.from_bytes(digest) % 26
