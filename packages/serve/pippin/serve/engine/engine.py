@@ -208,7 +208,7 @@ class Engine:
         start = self.clock()
         try:
             sampled = self._runner.run(rows)
-        except Exception:
+        except Exception:  # noqa: BLE001  whatever it was, the other requests go on
             _log.exception("a step of %d requests failed", len(rows))
             self._recover(rows)
             return
@@ -249,7 +249,7 @@ class Engine:
             generation.last_token = now
             try:
                 self._output(generation, one)
-            except Exception:  # its constraint may be at fault, and nobody else is
+            except Exception:  # noqa: BLE001  its constraint may be at fault, and nobody else is
                 _log.exception("request %s failed at a token", row.request_id)
                 self._end(row.request_id, FinishReason.FAILED)
         return gaps
@@ -328,7 +328,7 @@ class Engine:
         for on_output, output in outbox:
             try:
                 on_output(output)
-            except Exception:
+            except Exception:  # noqa: BLE001  the caller's fault, not that of other requests
                 _log.exception("an output of request %s could not be handed over", output.request_id)
 
 

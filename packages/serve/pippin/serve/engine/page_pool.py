@@ -6,13 +6,16 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 
-def prefix_keys(tokens: Sequence[int], page_size: int, salt: str, known: Sequence[bytes] = ()) -> list[bytes]:
+def prefix_keys(
+    tokens: Sequence[int], page_size: int, salt: str, *, num_prompt: int, known: Sequence[bytes] = ()
+) -> list[bytes]:
     """A key for each full page of a text: of its tokens, of all before them, and of the salt.
 
     Args:
         tokens: of the text.
         page_size: tokens a page.
         salt: texts of different salts share nothing.
+        num_prompt: of the text. A page that holds later tokens is found by texts only whose prompt ends there too.
         known: keys of the first pages, which are not made again.
     """
     keys = list(known)
@@ -20,8 +23,10 @@ def prefix_keys(tokens: Sequence[int], page_size: int, salt: str, known: Sequenc
         keys[-1] if keys else hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     )
     for start in range(len(keys) * page_size, len(tokens) - page_size + 1, page_size):
-        page = np.asarray(tokens[start : start + page_size], np.int64).tobytes()
-        key = hashlib.blake2b(key + page, digest_size=16).digest()
+        stop = start + page_size
+        page = np.asarray(tokens[start:stop], np.int64).tobytes()
+        of_prompt = b"" if stop <= num_prompt else num_prompt.to_bytes(8, "little")
+        key = hashlib.blake2b(key + page + of_prompt, digest_size=16).digest()
         keys.append(key)
     return keys
 

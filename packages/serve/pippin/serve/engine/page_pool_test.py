@@ -67,12 +67,22 @@ def test_a_page_is_released_by_its_user_only():
         PagePool(1).release([0])
 
 
+def keys_of(tokens, salt="", num_prompt=100, known=()):
+    return prefix_keys(tokens, 2, salt, num_prompt=num_prompt, known=known)
+
+
 def test_keys_are_of_all_that_comes_before():
-    keys = prefix_keys([1, 2, 3, 4, 5], 2, "")
+    keys = keys_of([1, 2, 3, 4, 5])
     assert len(keys) == 2
-    assert prefix_keys([1, 2, 3, 4], 2, "") == keys
-    assert prefix_keys([1, 2, 3, 5], 2, "")[0] == keys[0]
-    assert prefix_keys([1, 2, 3, 5], 2, "")[1] != keys[1]
-    assert not set(prefix_keys([0, 2, 3, 4], 2, "")) & set(keys)
-    assert not set(prefix_keys([1, 2, 3, 4], 2, "salt")) & set(keys)
-    assert prefix_keys([1, 2, 3, 4], 2, "", keys[:1]) == keys
+    assert keys_of([1, 2, 3, 4]) == keys
+    assert keys_of([1, 2, 3, 5])[0] == keys[0]
+    assert keys_of([1, 2, 3, 5])[1] != keys[1]
+    assert not set(keys_of([0, 2, 3, 4])) & set(keys)
+    assert not set(keys_of([1, 2, 3, 4], "salt")) & set(keys)
+    assert keys_of([1, 2, 3, 4], known=keys[:1]) == keys
+
+
+def test_pages_of_an_answer_have_keys_of_their_own():
+    prompt, answer = keys_of([1, 2, 3, 4]), keys_of([1, 2, 3, 4], num_prompt=3)
+    assert prompt[0] == answer[0] and prompt[1] != answer[1]
+    assert keys_of([1, 2, 3, 4], num_prompt=2)[1] not in (prompt[1], answer[1])

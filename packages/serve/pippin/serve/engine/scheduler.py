@@ -1,4 +1,4 @@
-"""Which tokens of which requests a step computes. There is no phase: a prompt and an answer are tokens alike."""
+"""Which tokens of which requests a step computes. There is no phase: any step computes prompts and answers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,9 +14,12 @@ class Limits:
 
     num_pages: int
     page_size: int = 16  # tokens
-    max_requests: int = 32  # served at a time
-    chunk_tokens: int = 128  # of a step, beside one for each request
-    row_tokens: int = 16  # a chunk is computed in rows of so many, the last of a request not full
+    max_requests: int = 32  # served at a time, and tokens of answers in a step
+    chunk_tokens: int = 128  # of prompts in a step
+    row_tokens: int = 16  # a chunk is computed in rows of so many, the last of a prompt not full
+    # Whether prompts begin with pages of answers, too. Their numbers differ in the last bits from those of a prompt, so
+    # that an answer would depend on what was served before.
+    reuse_answers: bool = False
     aging_s: float = 10.0  # who waits so long is as urgent as who came now with a priority higher by one
 
     @property
@@ -37,6 +40,11 @@ class Row:
     history: Sequence[int]  # prompt and output so far
     num_prompt: int  # of these are the prompt
     constraint: Constraint | None
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether the tokens are of a prompt. Those of an answer are always computed apart from these."""
+        return self.position < self.num_prompt
 
 
 class Generation:
@@ -67,10 +75,10 @@ class Generation:
 class Scheduler:
     """Assigns the tokens of each step, pages to texts, and turns to requests.
 
-    Each request that is served and whose text is computed gets its next token in every step. Texts that are not computed
-    yet share a chunk of the step, those of the tenant that got least first. Who is served gives up its turn, to be computed
-    again later from what the pages still hold, where pages run out, where its tenant has more than its share while
-    another waits, and to a more urgent request of its own tenant.
+    Each request that is served and whose prompt is computed gets its next token in every step. Prompts share a chunk of
+    the step, that of the tenant that got least first. Who is served gives up its turn, to be computed again later from
+    what the pages still hold, where pages run out, where its tenant has more than its share while another waits, and to
+    a more urgent request of its own tenant.
     """
 
     def __init__(self, limits: Limits):
@@ -123,9 +131,24 @@ class Scheduler:
                 generation.scheduled, generation.num_cached = now, generation.num_computed
         rows: list[Row] = []
         chunk_rows = self.limits.chunk_tokens // self.limits.row_tokens
+        spare = self.limits.max_requests - len(self.running)  # beside one token of each answer
         for generation in sorted(self.running.values(), key=self._turn):
-            if generation.request.request_id in self.running:
-                chunk_rows -= self._assign(generation, chunk_rows, rows)
+            if generation.request.request_id not in self.running:
+                continue
+            left = len(generation.request.prompt) - generation.num_computed
+            if left > 0:
+                count = min(left, chunk_rows * self.limits.row_tokens)
+            else:
+                # More than one, where an answer is computed again.
+                count = min(len(generation.tokens) - generation.num_computed, 1 + spare)
+            if count == 0 or not self._reserve(generation, generation.num_computed + count):
+                continue
+            rows.append(self._row(generation, count))
+            self.waiting.charge(generation.tenant, count)
+            if left > 0:
+                chunk_rows -= -(-count // self.limits.row_tokens)
+            else:
+                spare -= count - 1
         # One that has a row may have given up its turn to one that was assigned later.
         return [row for row in rows if row.request_id in self.running]
 
@@ -146,28 +169,19 @@ class Scheduler:
             self._preempt(generation)
         self.pool.clear()
 
-    def _assign(self, generation: Generation, chunk_rows: int, rows: list[Row]) -> int:
-        """Adds a row with as many tokens as there is room for; returns how many rows of the chunk it takes."""
-        limits, start = self.limits, generation.num_computed
-        pending = len(generation.tokens) - start
-        count = pending if pending == 1 else min(pending, chunk_rows * limits.row_tokens)
-        if count == 0 or not self._reserve(generation, start + count):
-            return 0
-        request = generation.request
-        rows.append(
-            Row(
-                request.request_id,
-                generation.tokens[start : start + count],
-                start,
-                generation.pages[: -(-(start + count) // limits.page_size)],
-                request.sampling if count == pending else None,
-                generation.tokens,
-                len(request.prompt),
-                request.constraint,
-            )
+    def _row(self, generation: Generation, count: int) -> Row:
+        request, start = generation.request, generation.num_computed
+        stop = start + count
+        return Row(
+            request.request_id,
+            generation.tokens[start:stop],
+            start,
+            generation.pages[: -(-stop // self.limits.page_size)],
+            request.sampling if stop == len(generation.tokens) else None,
+            generation.tokens,
+            len(request.prompt),
+            request.constraint,
         )
-        self.waiting.charge(generation.tenant, count)
-        return 0 if count == 1 else -(-count // limits.row_tokens)
 
     def _reserve(self, generation: Generation, num_tokens: int) -> bool:
         """Gives a text the pages for so many tokens; False where it had to give up its turn."""
@@ -192,7 +206,7 @@ class Scheduler:
             return None
         self.waiting.remove(generation)
         size = self.limits.page_size
-        generation.keys = prefix_keys(generation.tokens, size, _salt(generation.request), generation.keys)
+        self._make_keys(generation, len(generation.tokens))
         # The last token is computed in any case: the next one follows from it.
         reusable = generation.keys[: (len(generation.tokens) - 1) // size]
         generation.pages = self.pool.find(reusable)
@@ -251,12 +265,14 @@ class Scheduler:
         """Makes its full pages known, from the first one that was not."""
         size = self.limits.page_size
         full = generation.num_computed // size
-        if full > len(generation.keys):
-            known = generation.tokens[: full * size]
-            generation.keys = prefix_keys(known, size, _salt(generation.request), generation.keys)
+        self._make_keys(generation, generation.num_computed)
         for page, key in zip(generation.pages[first:full], generation.keys[first:full], strict=True):
             self.pool.remember(page, key)
 
-
-def _salt(request: Request) -> str:
-    return f"{len(request.tenant)}:{request.tenant}{request.cache_salt}"
+    def _make_keys(self, generation: Generation, num_tokens: int) -> None:
+        size, request = self.limits.page_size, generation.request
+        if num_tokens // size > len(generation.keys):
+            num_prompt = num_tokens if self.limits.reuse_answers else len(request.prompt)
+            salt = f"{len(request.tenant)}:{request.tenant}{request.cache_salt}"
+            tokens = generation.tokens[:num_tokens]
+            generation.keys = prefix_keys(tokens, size, salt, num_prompt=num_prompt, known=generation.keys)

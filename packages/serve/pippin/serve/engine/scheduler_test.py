@@ -76,8 +76,10 @@ class World:
         assert len(scheduler.running) <= limits.max_requests
         assert bool(rows) == bool(scheduler.generations()), "a step computes nothing although somebody waits"
         assert len({row.request_id for row in rows}) == len(rows)
-        chunk = sum(-(-len(row.tokens) // limits.row_tokens) for row in rows if len(row.tokens) > 1)
+        chunk = sum(-(-len(row.tokens) // limits.row_tokens) for row in rows if row.is_prompt)
         assert chunk <= limits.chunk_tokens // limits.row_tokens
+        assert sum(len(row.tokens) for row in rows if not row.is_prompt) <= limits.max_requests
+        assert all(row.position + len(row.tokens) <= row.num_prompt for row in rows if row.is_prompt)
         written = collections.Counter(
             row.pages[position // limits.page_size]
             for row in rows
@@ -181,6 +183,18 @@ def test_the_more_urgent_of_a_tenant_comes_first_and_nobody_waits_for_ever():
             break
     assert ended[0] == "high0"
     assert 2 <= ended.index("humble") <= 10
+
+
+@pytest.mark.parametrize(("reuse", "hits"), [(False, 8), (True, 12)])
+def test_an_answer_is_the_beginning_of_a_prompt_only_if_it_may_be(reuse, hits):
+    world = World(dataclasses.replace(LIMITS, reuse_answers=reuse))
+    world.scheduler.add(make_request("first", b"abcdefgh", 6), 0.0)
+    while world.scheduler.generations():
+        world.step()
+    conversation = [*b"abcdefgh", *world.done["first"], *b"xyz"]
+    world.scheduler.add(make_request("second", conversation, 1), 0.0)
+    world.step()
+    assert world.scheduler.prefix_hits == hits
 
 
 def test_preemption_for_want_of_pages_loses_nothing():
