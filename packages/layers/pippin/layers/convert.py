@@ -55,7 +55,9 @@ def convert(source: Path, target: Path, form: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="convert", description="Converts a model on disk.")
     parser.add_argument(
-        "source", type=Path, help="a training run, one of its steps, a bundle, a Hugging Face folder or a GGUF file"
+        "source",
+        type=Path,
+        help="a training run, one of its steps, a bundle, a Hugging Face folder or a GGUF file",
     )
     parser.add_argument("target", type=Path, help="a new folder")
     parser.add_argument("--to", choices=_FORMS, default="bundle", help="the form to write (default: bundle)")

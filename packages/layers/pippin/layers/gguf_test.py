@@ -16,6 +16,7 @@ from pippin.core.module import Params, flatten_params, parameter_infos, unflatte
 from pippin.core.tokenizer import load_tokenizer
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.gguf import find_gguf, load_gguf
+from pippin.layers.huggingface import save_huggingface
 from pippin.layers.model_files import open_model
 from pippin.layers.models.llama import llama, with_qk_norm
 from pippin.layers.position_config import Llama3ScalingConfig, RoPEConfig
@@ -173,6 +174,16 @@ def test_it_opens_as_other_models_do(tmp_path: Path) -> None:
         assert bundle.tokenizer is not None
         assert bundle.params()["embedding"]["weight"].shape == (6, 32)
         assert bundle.provenance.source == str(path)
+
+
+def test_a_folder_of_another_form_is_that(tmp_path: Path) -> None:
+    _write(tmp_path / "model.gguf")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # as many a folder of GGUF files has
+    assert open_model(tmp_path).component == _CONFIGS["tied"]
+    save_huggingface(tmp_path / "other", _CONFIGS["untied"], _random_params("untied"))
+    for file in (tmp_path / "other").iterdir():
+        file.rename(tmp_path / file.name)
+    assert open_model(tmp_path).component == _CONFIGS["untied"]
 
 
 def test_a_folder_with_several_files_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pippin.core import manifest
-from pippin.core.bundle import Bundle, StoredTensor
+from pippin.core.bundle import CHECKPOINTS_FOLDER, Bundle, StoredTensor
 from pippin.core.bundle import open_model as open_own
 from pippin.core.gguf_file import SUFFIX
 from pippin.core.hf_files import CONFIG_FILE
@@ -14,6 +14,9 @@ from pippin.core.module import flatten_params
 from pippin.layers import configs as _register  # noqa: F401  stored trees name the components by their types
 from pippin.layers.gguf import GGUFModel, load_gguf
 from pippin.layers.huggingface import HuggingFaceModel, load_huggingface
+
+# What is in a folder that no GGUF file beside it stands for. Some have a config.json too, which says nothing.
+_OTHER_FORMS = ("*.safetensors", manifest.FILE_NAME, CHECKPOINTS_FOLDER)
 
 
 def open_model(path: str | Path) -> Bundle:
@@ -28,11 +31,15 @@ def open_model(path: str | Path) -> Bundle:
         CheckpointError: there is no model, or it is damaged.
     """
     path = Path(path).absolute()
+    if path.is_file() or _holds(path, f"*{SUFFIX}") and not _holds(path, *_OTHER_FORMS):
+        return _as_bundle(path, load_gguf(path))
     if (path / CONFIG_FILE).exists():
         return _as_bundle(path, load_huggingface(path))
-    if path.is_file() or any(path.glob(f"*{SUFFIX}")):
-        return _as_bundle(path, load_gguf(path))
     return open_own(path)
+
+
+def _holds(path: Path, *patterns: str) -> bool:
+    return any(any(path.glob(pattern)) for pattern in patterns)
 
 
 def _as_bundle(path: Path, model: HuggingFaceModel | GGUFModel) -> Bundle:
