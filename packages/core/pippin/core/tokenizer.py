@@ -142,7 +142,10 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A `tokenizer.json` of Hugging Face `tokenizers`, as lossless as its normaliser."""
+    """A `tokenizer.json` of Hugging Face `tokenizers`, as lossless as its normaliser and its alphabet.
+
+    Tokens that were added after training and are not special, such as `<think>` of some models, are read from text.
+    """
 
     def __init__(
         self,
