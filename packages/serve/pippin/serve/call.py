@@ -17,7 +17,7 @@ class Call:
     prompt_field: str = "text"  # what errors of the prompt name
     max_tokens: int | None = None  # None: as many as fit
     n: int = 1
-    sampling: Sampling = Sampling()
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop_strings: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()  # beside the model's own
     ignore_eos: bool = False

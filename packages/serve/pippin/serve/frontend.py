@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self
 
 from pippin.core.errors import PippinError
 from pippin.serve.call import Call, Prompt
@@ -21,8 +21,6 @@ _DEADLINE_GRACE_S = 0.5
 # Tokenizing releases Python's lock; more threads would take the cores from the engine.
 _ENCODING_THREADS = 2
 _RETRY_ENCODING_S = 1.0
-
-_T = TypeVar("_T")
 
 
 class Generation:
@@ -44,7 +42,7 @@ class Generation:
         self._news = asyncio.Event()
         self._error: PippinError | None = None
 
-    def __aiter__(self) -> "Generation":
+    def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> tuple[int, Output]:
@@ -63,7 +61,7 @@ class Generation:
         index = next(iter(self._pending))
         return index, self._pending.pop(index)
 
-    async def __aenter__(self) -> "Generation":
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -112,7 +110,7 @@ class Generation:
 class Frontend:
     """Takes calls for an engine. Its methods are for one event loop."""
 
-    def __init__(self, engine: Engine, model: ServedModel, limits: RequestLimits = RequestLimits()):
+    def __init__(self, engine: Engine, model: ServedModel, limits: RequestLimits):
         self.engine, self.model, self.limits = engine, model, limits
         self.context_length = min(model.context_length, engine.limits.max_context)
         self._open: dict[tuple[str, str], Generation] = {}  # tenant, request_id -> generation
@@ -241,7 +239,7 @@ class Frontend:
         assert compile_constraint is not None, "a validated call"
         return await self._in_thread(call.constraint_field, compile_constraint, call.constraint)
 
-    async def _in_thread(self, field: str, function: Callable[[Any], _T], argument: Any) -> _T:
+    async def _in_thread[T](self, field: str, function: Callable[[Any], T], argument: Any) -> T:
         if self._num_encoding >= self.limits.max_encoding:
             raise QueueFullError(
                 f"{self._num_encoding} texts wait to be tokenized. Try again in {_RETRY_ENCODING_S:g} s.",
@@ -258,7 +256,7 @@ class Frontend:
             self._num_encoding -= 1
 
 
-async def take(written: Awaitable[_T], timeout_s: float) -> _T:
+async def take[T](written: Awaitable[T], timeout_s: float) -> T:
     """What is awaited, a write to a stream.
 
     Raises:

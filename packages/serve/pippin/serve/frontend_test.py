@@ -17,7 +17,7 @@ from pippin.serve.testing import MODEL, fake_backend
 
 
 @contextlib.asynccontextmanager
-async def frontend(*, queue=QueueLimits(), model=MODEL, hold=False, **limits):
+async def frontend(*, queue=None, model=MODEL, hold=False, **limits):
     fake = fake_backend(queue=queue, model=model)
     if hold:
         fake.runner.hold.clear()
@@ -96,11 +96,14 @@ async def test_leaving_early_frees_everything():
 
 
 async def test_an_id_is_served_once_and_each_tenant_has_its_own():
-    async with frontend(hold=True) as (front, _):
-        async with await front.generate(call(), "a"), await front.generate(call(), "b"):
-            with pytest.raises(DuplicateError, match="'r' is being served"):
-                await front.generate(call(), "a")
-            assert front.engine.load().num_waiting + front.engine.load().num_running == 2
+    async with (
+        frontend(hold=True) as (front, _),
+        await front.generate(call(), "a"),
+        await front.generate(call(), "b"),
+    ):
+        with pytest.raises(DuplicateError, match="'r' is being served"):
+            await front.generate(call(), "a")
+        assert front.engine.load().num_waiting + front.engine.load().num_running == 2
 
 
 async def test_a_call_without_max_tokens_gets_what_fits():

@@ -30,7 +30,7 @@ class Options:
     stall_s: float = 60.0
     withdraw_s: float = 2.0
     grace_s: float = 60.0
-    limits: RequestLimits = RequestLimits()
+    limits: RequestLimits = dataclasses.field(default_factory=RequestLimits)
 
     @property
     def address(self) -> str:

@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import grpc
 import grpc.aio
 
 from pippin.core.errors import PippinError
@@ -47,7 +48,10 @@ class Server:
     frontend: Frontend
     health: HealthService
     ports: Sequence[grpc.aio.Server]
-    address: str  # of Inference, with the port that it got
+    # With the ports that they got.
+    address: str
+    admin_address: str | None
+    probe_address: str | None
 
     async def stop(self, options: Options) -> None:
         """Ends in an order that cuts no stream within the grace.
@@ -71,38 +75,42 @@ async def start(options: Options, backend: Backend) -> Server:
     engine, limits = backend.engine, options.limits
     frontend = Frontend(engine, backend.model, limits)
     tls = _tls(options)
-    credentials = None if tls is None else server_credentials(tls)
     guard = Guard(
         authenticator(options.tokens, certificates=options.client_ca is not None),
         limits.slow_reader_timeout_s,
     )
     names = [inference.SERVICE.full_name]
     checks = HealthService(engine, names, [admin.SERVICE.full_name] if options.admin_address else [])
-    ports = []
+    ports: list[grpc.aio.Server] = []
 
-    def listen(address: str, *handlers, credentials=credentials, guard=guard, names=()) -> str:
-        reflected = [*names, health.SERVICE.full_name] if options.reflection and names else []
-        port, found = open_port(address, handlers, guard, credentials=credentials, reflected=reflected)
+    def listen(
+        address: str, guard: Guard, services: Mapping[str, grpc.GenericRpcHandler], tls: TlsFiles | None
+    ):
+        port, found = open_port(
+            address,
+            list(services.values()),
+            guard,
+            # Each port its own: gRPC asks each for its first certificate.
+            credentials=None if tls is None or address.startswith("unix:") else server_credentials(tls),
+            reflected=list(services) if options.reflection else [],
+        )
         ports.append(port)
         return found
 
-    address = listen(options.address, InferenceService(frontend).handler(), checks.handler(), names=names)
+    shared = {health.SERVICE.full_name: checks.handler()}
+    served = {inference.SERVICE.full_name: InferenceService(frontend).handler(), **shared}
+    address = listen(options.address, guard, served, tls)
+    admin_address = probe_address = None
     if options.admin_address:
-        local = options.admin_address.startswith("unix:")
-        listen(
-            options.admin_address,
-            AdminService(engine).handler(),
-            checks.handler(),
-            names=[admin.SERVICE.full_name],
-            credentials=None if local else credentials,
-        )
+        looked_after = {admin.SERVICE.full_name: AdminService(engine).handler(), **shared}
+        admin_address = listen(options.admin_address, guard, looked_after, tls)
     if options.probe_address:
         anybody = Guard(Authenticator(None), limits.slow_reader_timeout_s)
-        listen(options.probe_address, checks.handler(), credentials=None, guard=anybody)
+        probe_address = listen(options.probe_address, anybody, shared, None)
     engine.start()
     for port in ports:
         await port.start()
-    return Server(engine, frontend, checks, ports, address)
+    return Server(engine, frontend, checks, ports, address, admin_address, probe_address)
 
 
 async def serve(options: Options, backend: Backend, began: float) -> None:

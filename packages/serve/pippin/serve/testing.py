@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -46,11 +46,15 @@ class Fake:
 
 
 def fake_backend(
-    *, limits: Limits = LIMITS, queue: QueueLimits = QueueLimits(), model: ServedModel = MODEL
+    *,
+    limits: Limits = LIMITS,
+    queue: QueueLimits | None = None,
+    model: ServedModel = MODEL,
+    make_runner: Callable[[Limits], FakeRunner] = FakeRunner,
 ) -> Fake:
     """A backend without a model."""
-    runner = FakeRunner(limits)
-    return Fake(Backend(Engine(runner, limits, token_bytes, queue=queue), model), runner)
+    runner = make_runner(limits)
+    return Fake(Backend(Engine(runner, limits, token_bytes, queue=queue or QueueLimits()), model), runner)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,10 +59,12 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _stream(self, inner: Any, parse: Any, method: str, read: Any) -> Any:
         async def call(data: Any, context: grpc.aio.ServicerContext) -> None:
-            async with self._ends(context, method):
-                async with contextlib.aclosing(inner(read(parse, data), context)) as responses:
-                    async for response in responses:
-                        await take(context.write(response), self._slow_reader_timeout_s)
+            async with (
+                self._ends(context, method),
+                contextlib.aclosing(inner(read(parse, data), context)) as responses,
+            ):
+                async for response in responses:
+                    await take(context.write(response), self._slow_reader_timeout_s)
 
         return call
 
@@ -75,7 +77,7 @@ class Guard(grpc.aio.ServerInterceptor):
             raise
         except DeniedError as error:
             await abort_with(context, denied(error.code, error.reason, str(error)))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, only this call ends
             await abort(context, error)
 
 

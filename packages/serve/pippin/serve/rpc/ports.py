@@ -107,8 +107,10 @@ def require_free(address: str) -> None:
         return
     host, _, port = address.rpartition(":")
     try:
+        if not host:
+            raise ValueError("it must be HOST:PORT")
         found = socket.getaddrinfo(
-            host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         family, kind, protocol, _, where = found[0]
         with socket.socket(family, kind, protocol) as probe:

@@ -5,17 +5,15 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable
-from typing import Generic, TypeVar
 
 from pippin.core.errors import PippinError
 
 _log = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
 _CHECK_S = 1.0  # between looks at the file's time
 
 
-class WatchedFiles(Generic[_T]):
+class WatchedFiles[T]:
     """What some files hold, read anew after they changed.
 
     New content that cannot be read is logged, and the old stays until the files change again: half-written files
@@ -25,7 +23,7 @@ class WatchedFiles(Generic[_T]):
     def __init__(
         self,
         paths: list[pathlib.Path],
-        read: Callable[[list[pathlib.Path]], _T],
+        read: Callable[[list[pathlib.Path]], T],
         clock: Callable[[], float] = time.monotonic,
     ):
         """Reads for the first time; raises what `read` raises."""
@@ -36,7 +34,7 @@ class WatchedFiles(Generic[_T]):
         self._value = read(paths)
 
     @property
-    def value(self) -> _T:
+    def value(self) -> T:
         """What they hold, as of a second ago."""
         with self._lock:
             now = self._clock()
