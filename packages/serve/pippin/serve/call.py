@@ -5,7 +5,22 @@ import dataclasses
 from pippin.serve.engine.request import Sampling
 from pippin.serve.served_model import ConstraintSpec, Message
 
-Prompt = str | tuple[int, ...] | tuple[Message, ...]
+
+@dataclasses.dataclass(frozen=True)
+class TokenIds:
+    """A prompt that is encoded already."""
+
+    ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A conversation, of which the model has the next turn."""
+
+    messages: tuple[Message, ...]
+
+
+Prompt = str | TokenIds | Chat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +41,3 @@ class Call:
     priority: int = 0
     cache_salt: str = ""
     timeout_s: float | None = None
-
-    @property
-    def is_chat(self) -> bool:
-        return isinstance(self.prompt, tuple) and isinstance(self.prompt[0], Message)

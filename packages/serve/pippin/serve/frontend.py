@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Self
 
 from pippin.core.errors import PippinError
-from pippin.serve.call import Call, Prompt
+from pippin.serve.call import Call, Prompt, TokenIds
 from pippin.serve.engine.engine import Engine
 from pippin.serve.engine.request import Constraint, FinishReason, Output, Request
 from pippin.serve.errors import DuplicateError, QueueFullError, RequestError, SlowReaderError
@@ -80,7 +80,11 @@ class Generation:
 
     def receiver(self, index: int) -> Callable[[Output], None]:
         """What the engine's thread calls with the outputs of a completion."""
-        return lambda output: self._loop.call_soon_threadsafe(self._put, index, output)
+
+        def receive(output: Output) -> None:
+            self._loop.call_soon_threadsafe(self._put, index, output)
+
+        return receive
 
     def _put(self, index: int, output: Output) -> None:
         if index not in self._unfinished:
@@ -162,15 +166,15 @@ class Frontend:
         encode, encode_chat = self.model.encode, self.model.encode_chat
         if isinstance(prompt, str):
             assert encode is not None, "a validated call"
-            ids = await self._in_thread(field, encode, prompt)
-        elif prompt and not isinstance(prompt[0], int):
-            assert encode_chat is not None, "a validated call"
-            ids = await self._in_thread(field, encode_chat, prompt)
+            ids = tuple(await self._in_thread(field, encode, prompt))
+        elif isinstance(prompt, TokenIds):
+            ids = prompt.ids
         else:
-            ids = prompt
+            assert encode_chat is not None, "a validated call"
+            ids = tuple(await self._in_thread(field, encode_chat, prompt.messages))
         if not ids:
             raise RequestError(field, "has no tokens. Write something to continue.")
-        return tuple(ids)
+        return ids
 
     def close(self) -> None:
         """Ends the threads. No call may be open."""

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from pippin.core.errors import DataError
-from pippin.serve.call import Call
+from pippin.serve.call import Call, TokenIds
 from pippin.serve.engine.engine import QueueLimits
 from pippin.serve.engine.request import FinishReason, Sampling
 from pippin.serve.engine.testing import answer
@@ -50,6 +50,13 @@ async def test_a_call_is_answered_in_full():
         (output,) = await collect(generation)
     assert output.text == text_for("hello", 40)
     assert (output.finish_reason, output.usage.output_tokens) == (FinishReason.LENGTH, 40)
+
+
+async def test_a_prompt_of_token_ids_is_taken_as_it_is():
+    prompt = TokenIds(tuple(b"hello"))
+    async with frontend() as (front, _), await front.generate(call(prompt, max_tokens=9)) as generation:
+        (output,) = await collect(generation)
+    assert output.text == text_for("hello", 9)
 
 
 async def test_completions_have_seeds_of_their_own_and_the_first_has_the_calls():

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from pippin.serve.call import Call, Prompt
+from pippin.serve.call import Call, Chat, Prompt, TokenIds
 from pippin.serve.engine.request import Sampling
 from pippin.serve.errors import InvalidRequestError, UnsupportedError, Violation
 from pippin.serve.request_limits import RequestLimits
@@ -89,9 +89,9 @@ class Validator:
             return self._chat(request.chat), field
         ids = request.token_ids.ids
         self.require(len(ids) > 0, "token_ids.ids", "must hold at least one id")
-        return tuple(self._ids("token_ids.ids", ids, self._model.context_length)), "token_ids.ids"
+        return TokenIds(tuple(self._ids("token_ids.ids", ids, self._model.context_length))), "token_ids.ids"
 
-    def _chat(self, chat: pb.Chat) -> tuple[Message, ...]:
+    def _chat(self, chat: pb.Chat) -> Chat:
         self._require_text("chat")
         if self._model.encode is not None and self._model.encode_chat is None:
             raise UnsupportedError(
@@ -102,7 +102,7 @@ class Validator:
             rule = f"must be one of {', '.join(_ROLES)}"
             self.require(message.role in _ROLES, f"chat.messages[{i}].role", rule)
         self._require_bytes("chat.messages", [m.content for m in chat.messages])
-        return tuple(Message(m.role, m.content) for m in chat.messages)
+        return Chat(tuple(Message(m.role, m.content) for m in chat.messages))
 
     def _require_text(self, field: str) -> None:
         if self._model.encode is None:

@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pippin.serve.call import Chat, TokenIds
 from pippin.serve.errors import InvalidRequestError, UnsupportedError
 from pippin.serve.request_limits import RequestLimits
 from pippin.serve.served_model import Message, OneOf, ServedModel
@@ -168,11 +169,11 @@ def test_a_batch_has_bounds_of_its_own(requests):
 
 def test_prompts_and_constraints_arrive():
     chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])
-    assert call_of(chat=chat).prompt == (Message("user", "hi"),)
-    assert call_of(token_ids=pb.TokenIds(ids=[1, 2])).prompt == (1, 2)
+    assert call_of(chat=chat).prompt == Chat((Message("user", "hi"),))
+    assert call_of(token_ids=pb.TokenIds(ids=[1, 2])).prompt == TokenIds((1, 2))
     assert call_of(text="a", choice=pb.Choice(choices=["x", "y"])).constraint == OneOf(("x", "y"))
     assert validate_prompt(pb.CountTokensRequest(chat=chat), MODEL, LIMITS) == (
-        (Message("user", "hi"),),
+        Chat((Message("user", "hi"),)),
         "chat",
     )
 

@@ -2,16 +2,21 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import grpc
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 
 from pippin.serve.engine.engine import Engine
 from pippin.serve.errors import NotFoundError
 from pippin.serve.rpc.service import service_handler
 
-SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"]
+SERVICE: Any = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
+# The stubs of the distribution do not know the messages of List.
+_ListResponse = GetMessageClass(SERVICE.methods_by_name["List"].output_type)
 _POLL_S = 0.2  # how soon a watcher sees a change
 _Status = health_pb2.HealthCheckResponse.ServingStatus
 _SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -57,9 +62,9 @@ class HealthService:
             raise NotFoundError("There is no service of this name.")
         return health_pb2.HealthCheckResponse(status=status)
 
-    async def list(self, request: health_pb2.HealthListRequest, _: object) -> health_pb2.HealthListResponse:
+    async def list(self, request: Message, _: object) -> Message:
         statuses = {name: self.status(name) for name in (*self._inference, *self._others)}
-        return health_pb2.HealthListResponse(
+        return _ListResponse(
             statuses={
                 name: health_pb2.HealthCheckResponse(status=status) for name, status in statuses.items()
             }

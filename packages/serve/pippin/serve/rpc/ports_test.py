@@ -1,4 +1,6 @@
+import pathlib
 import socket
+import tempfile
 
 import pytest
 
@@ -6,6 +8,13 @@ from pippin.core.errors import ConfigError
 from pippin.serve.rpc.auth import Authenticator
 from pippin.serve.rpc.guard import Guard
 from pippin.serve.rpc.ports import is_local, open_port, require_free
+
+
+@pytest.fixture
+def socket_folder():
+    """A folder whose path is short enough for sockets, as a sandbox's are not."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield pathlib.Path(folder)
 
 
 @pytest.mark.parametrize(
@@ -40,8 +49,8 @@ def test_an_address_that_is_none_of_this_machine_is_refused(address):
         require_free(address)
 
 
-async def test_a_socket_that_a_dead_server_left_is_replaced_and_one_in_use_is_not(tmp_path):
-    path, guard = tmp_path / "s", Guard(Authenticator(None), 1.0)
+async def test_a_socket_that_a_dead_server_left_is_replaced_and_one_in_use_is_not(socket_folder):
+    path, guard = socket_folder / "s", Guard(Authenticator(None), 1.0)
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
     server, _ = open_port(f"unix:{path}", [], guard)
@@ -50,4 +59,4 @@ async def test_a_socket_that_a_dead_server_left_is_replaced_and_one_in_use_is_no
         open_port(f"unix:{path}", [], guard)
     await server.stop(0)
     with pytest.raises(ConfigError, match="folder"):
-        open_port(f"unix:{tmp_path}/none/s", [], guard)
+        open_port(f"unix:{socket_folder}/none/s", [], guard)

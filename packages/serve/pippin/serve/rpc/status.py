@@ -13,7 +13,6 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from pippin.core.errors import PippinError
 from pippin.serve.engine.request import FinishReason
 from pippin.serve.errors import (
     DrainingError,
@@ -37,7 +36,7 @@ _MAX_VIOLATIONS, _MAX_DESCRIPTION = 16, 300
 _RETRY_STOPPING_S = 1.0
 
 # A kind of error -> code, and the reason in ErrorInfo.
-_ERRORS: dict[type[PippinError], tuple[int, str]] = {
+_ERRORS: dict[type[Exception], tuple[int, str]] = {
     RequestError: (code_pb2.INVALID_ARGUMENT, "INVALID_REQUEST"),
     InvalidRequestError: (code_pb2.INVALID_ARGUMENT, "INVALID_REQUEST"),
     QueueFullError: (code_pb2.RESOURCE_EXHAUSTED, "QUEUE_FULL"),

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import pathlib
 import ssl
+from typing import Any
 
 import grpc
 
@@ -32,7 +33,7 @@ def server_credentials(files: TlsFiles) -> grpc.ServerCredentials:
     watched = WatchedFiles(paths, _read)
     given = watched.value
 
-    def newest() -> grpc.ServerCertificateConfiguration | None:
+    def newest() -> Any:  # the stubs do not know of None
         """None: what was given last is still right. gRPC asks at each connection."""
         nonlocal given
         if watched.value is given:
