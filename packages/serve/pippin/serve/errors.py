@@ -1,6 +1,10 @@
 """Why a request is not taken. Nothing of it was done."""
 
+import dataclasses
+from collections.abc import Sequence
+
 from pippin.core.errors import PippinError
+from pippin.serve.engine.request import FinishReason
 
 
 class RequestError(PippinError):
@@ -25,3 +29,39 @@ class DuplicateError(PippinError):
 
 class DrainingError(PippinError):
     """The server takes no more requests."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Violation:
+    """A rule that a request breaks: `field` is a path such as `requests[0].stop[2]`."""
+
+    field: str
+    description: str
+
+
+class InvalidRequestError(PippinError):
+    """A request that breaks rules, all of them told."""
+
+    def __init__(self, violations: Sequence[Violation]):
+        super().__init__("; ".join(f"{v.field}: {v.description}" for v in violations))
+        self.violations = tuple(violations)
+
+
+class UnsupportedError(PippinError):
+    """Something that this server cannot do."""
+
+
+class NotFoundError(PippinError):
+    """Something that is asked for by name, and is not here."""
+
+
+class SlowReaderError(PippinError):
+    """A caller who does not read what comes."""
+
+
+class UnfinishedError(PippinError):
+    """A completion ended without the end of its text."""
+
+    def __init__(self, reason: FinishReason):
+        super().__init__(f"a completion ended with {reason.value}")
+        self.reason = reason

@@ -1,0 +1,187 @@
+"""The server's flags."""
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+from pippin.core.errors import ConfigError
+from pippin.serve.request_limits import RequestLimits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How the server is run."""
+
+    model: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 50051
+    admin_address: str | None = None
+    probe_address: str | None = None
+    metrics_port: int | None = None
+    tls_cert: pathlib.Path | None = None
+    tls_key: pathlib.Path | None = None
+    client_ca: pathlib.Path | None = None
+    tokens: pathlib.Path | None = None
+    insecure: bool = False
+    reflection: bool = False
+    max_waiting: int = 256
+    max_waiting_tokens: int = 131_072
+    stall_s: float = 60.0
+    withdraw_s: float = 2.0
+    grace_s: float = 60.0
+    limits: RequestLimits = dataclasses.field(default_factory=RequestLimits)
+
+    @property
+    def address(self) -> str:
+        """Of Inference."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def parse_options(argv: Sequence[str] | None = None) -> Options:
+    """The flags of a command line; one that is wrong ends the program with a line that says so."""
+    parser = argparse.ArgumentParser(
+        prog="server", description="Serves a language model over gRPC (pippin.v1.Inference)."
+    )
+    defaults = Options()
+    add = parser.add_argument
+    add("--model", metavar="DIR", help="a training run, a bundle, or a model's directory or file")
+    add("--host", default=defaults.host, help="the address to listen on (%(default)s: this machine only)")
+    add("--port", type=_port, default=defaults.port, help="the port of Inference and health (%(default)s)")
+    add(
+        "--admin-address", metavar="ADDRESS", help="HOST:PORT or unix:PATH of Admin; without it there is none"
+    )
+    add(
+        "--probe-address",
+        metavar="ADDRESS",
+        help="HOST:PORT of health alone, without TLS and tokens: for probes",
+    )
+    add("--metrics-port", type=_port, help="the port of Prometheus metrics over HTTP")
+    add(
+        "--tls-cert",
+        type=pathlib.Path,
+        metavar="PEM",
+        help="the server's certificate; read anew when it changes",
+    )
+    add("--tls-key", type=pathlib.Path, metavar="PEM", help="its key")
+    add("--client-ca", type=pathlib.Path, metavar="PEM", help="clients need a certificate of this authority")
+    add("--tokens", type=pathlib.Path, metavar="FILE", help="who may call, a line each: SECRET ROLE TENANT")
+    add("--insecure", action="store_true", help="beyond this machine too, take calls without TLS or tokens")
+    add("--reflection", action="store_true", help="tell clients the services and messages")
+    add(
+        "--max-waiting", type=_positive, default=defaults.max_waiting, help="requests that wait (%(default)s)"
+    )
+    add(
+        "--max-waiting-tokens",
+        type=_positive,
+        default=defaults.max_waiting_tokens,
+        help="tokens of their prompts (%(default)s)",
+    )
+    add("--max-tokens", type=_positive, default=defaults.limits.max_tokens, help="of output (%(default)s)")
+    add(
+        "--max-timeout",
+        type=_seconds,
+        default=defaults.limits.max_timeout_s,
+        metavar="S",
+        help="no request is served for longer (%(default)g s)",
+    )
+    add(
+        "--slow-reader-timeout",
+        type=_seconds,
+        default=defaults.limits.slow_reader_timeout_s,
+        metavar="S",
+        help="a client that takes nothing for so long is dropped (%(default)g s)",
+    )
+    add(
+        "--stall",
+        type=_seconds,
+        default=defaults.stall_s,
+        metavar="S",
+        help="health is NOT_SERVING after so long without progress (%(default)g s)",
+    )
+    add(
+        "--withdraw",
+        type=_seconds,
+        default=defaults.withdraw_s,
+        metavar="S",
+        help="after SIGTERM, how long requests are still taken while health is NOT_SERVING (%(default)g s)",
+    )
+    add(
+        "--grace",
+        type=_seconds,
+        default=defaults.grace_s,
+        metavar="S",
+        help="how long those taken may then go on (%(default)g s)",
+    )
+    given = parser.parse_args(argv)
+    return Options(
+        model=given.model,
+        host=given.host,
+        port=given.port,
+        admin_address=given.admin_address,
+        probe_address=given.probe_address,
+        metrics_port=given.metrics_port,
+        tls_cert=given.tls_cert,
+        tls_key=given.tls_key,
+        client_ca=given.client_ca,
+        tokens=given.tokens,
+        insecure=given.insecure,
+        reflection=given.reflection,
+        max_waiting=given.max_waiting,
+        max_waiting_tokens=given.max_waiting_tokens,
+        stall_s=given.stall,
+        withdraw_s=given.withdraw,
+        grace_s=given.grace,
+        limits=RequestLimits(
+            max_tokens=given.max_tokens,
+            max_timeout_s=given.max_timeout,
+            slow_reader_timeout_s=given.slow_reader_timeout,
+        ),
+    )
+
+
+def check_security(options: Options, remote: Sequence[str]) -> None:
+    """Refuses a server that anybody could use, or on whose wire tokens could be read.
+
+    `remote`: its addresses that other machines reach, but that of probes.
+
+    Raises:
+        ConfigError: flags do not go together, or such an address is not protected.
+    """
+    if (options.tls_cert is None) != (options.tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key go together. Give both.")
+    if options.client_ca is not None and options.tls_cert is None:
+        raise ConfigError("--client-ca needs a certificate of the server. Give --tls-cert and --tls-key.")
+    if options.insecure or not remote:
+        return
+    if options.tokens is None and options.client_ca is None:
+        raise ConfigError(
+            f"{remote[0]} is open to other machines, and nobody is asked who they are. Give --tokens or --client-ca, "
+            "or --insecure where the network is trusted."
+        )
+    if options.tls_cert is None:
+        raise ConfigError(
+            f"{remote[0]} is open to other machines, and tokens would cross the network in clear. "
+            "Give --tls-cert and --tls-key, or --insecure where the network is trusted."
+        )
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{port} is no port; it must be from 0 (any) to 65535")
+    return port
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be 1 or more")
+    return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text} must be from 0 to 1000000 seconds")
+    return seconds

@@ -1,0 +1,156 @@
+"""Serves a model over gRPC until SIGTERM."""
+
+import asyncio
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import grpc
+import grpc.aio
+
+from pippin.core.errors import PippinError
+from pippin.serve.engine.engine import Engine
+from pippin.serve.frontend import Frontend
+from pippin.serve.options import Options, check_security, parse_options
+from pippin.serve.rpc import admin, health, inference
+from pippin.serve.rpc.admin import AdminService
+from pippin.serve.rpc.auth import Authenticator, authenticator
+from pippin.serve.rpc.guard import Guard
+from pippin.serve.rpc.health import HealthService
+from pippin.serve.rpc.inference import InferenceService
+from pippin.serve.rpc.ports import is_local, open_port, require_free
+from pippin.serve.rpc.tls import TlsFiles, server_credentials
+from pippin.serve.served_model import ServedModel
+
+_log = logging.getLogger(__name__)
+
+# How long the last words of streams may take after the engine has stopped.
+_FLUSH_S = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """What is served: an engine that was not started, and what is known of its model."""
+
+    engine: Engine
+    model: ServedModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """A server that runs."""
+
+    engine: Engine
+    frontend: Frontend
+    health: HealthService
+    ports: Sequence[grpc.aio.Server]
+    # With the ports that they got.
+    address: str
+    admin_address: str | None
+    probe_address: str | None
+
+    async def stop(self, options: Options) -> None:
+        """Ends in an order that cuts no stream within the grace.
+
+        Clients are told to go elsewhere while requests are still taken; then none are, and those taken are finished.
+        """
+        self.health.withdraw()
+        await asyncio.sleep(options.withdraw_s)
+        await asyncio.to_thread(self.engine.stop, options.grace_s)
+        self.health.close()
+        await asyncio.gather(*(port.stop(_FLUSH_S) for port in self.ports))
+        self.frontend.close()
+
+
+async def start(options: Options, backend: Backend) -> Server:
+    """A server that answers on all its addresses.
+
+    Raises:
+        ConfigError: an address or a file is wrong.
+    """
+    engine, limits = backend.engine, options.limits
+    frontend = Frontend(engine, backend.model, limits)
+    tls = _tls(options)
+    guard = Guard(
+        authenticator(options.tokens, certificates=options.client_ca is not None),
+        limits.slow_reader_timeout_s,
+    )
+    names = [inference.SERVICE.full_name]
+    checks = HealthService(engine, names, [admin.SERVICE.full_name] if options.admin_address else [])
+    ports: list[grpc.aio.Server] = []
+
+    def listen(
+        address: str, guard: Guard, services: Mapping[str, grpc.GenericRpcHandler], tls: TlsFiles | None
+    ):
+        port, found = open_port(
+            address,
+            list(services.values()),
+            guard,
+            # Each port its own: gRPC asks each for its first certificate.
+            credentials=None if tls is None or address.startswith("unix:") else server_credentials(tls),
+            reflected=list(services) if options.reflection else [],
+        )
+        ports.append(port)
+        return found
+
+    shared = {health.SERVICE.full_name: checks.handler()}
+    served = {inference.SERVICE.full_name: InferenceService(frontend).handler(), **shared}
+    address = listen(options.address, guard, served, tls)
+    admin_address = probe_address = None
+    if options.admin_address:
+        looked_after = {admin.SERVICE.full_name: AdminService(engine).handler(), **shared}
+        admin_address = listen(options.admin_address, guard, looked_after, tls)
+    if options.probe_address:
+        anybody = Guard(Authenticator(None), limits.slow_reader_timeout_s)
+        probe_address = listen(options.probe_address, anybody, shared, None)
+    engine.start()
+    for port in ports:
+        await port.start()
+    return Server(engine, frontend, checks, ports, address, admin_address, probe_address)
+
+
+async def serve(options: Options, backend: Backend, began: float) -> None:
+    """Serves until SIGTERM or SIGINT; the second one ends the process at once."""
+    asked = asyncio.Event()
+
+    def on_signal(number: signal.Signals) -> None:
+        if asked.is_set():
+            os._exit(128 + number)
+        asked.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    server = await start(options, backend)
+    print(f"READY {server.address} {backend.model.name} {time.monotonic() - began:.1f} s", flush=True)
+    await asked.wait()
+    load = backend.engine.load()
+    _log.info("stopping: %d requests run and %d wait", load.num_running, load.num_waiting)
+    await server.stop(options)
+
+
+def run(open_backend: Callable[[Options], Backend], argv: Sequence[str] | None = None) -> int:
+    """The server's program; the result is its exit code. A user's mistake is one line, without a stack trace."""
+    began = time.monotonic()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    options = parse_options(argv)
+    try:
+        addresses = [options.address, *filter(None, [options.admin_address])]
+        check_security(options, [a for a in addresses if not is_local(a)])
+        for address in [*addresses, *filter(None, [options.probe_address])]:
+            require_free(address)  # before the model is read, which takes a while
+        asyncio.run(serve(options, open_backend(options), began))
+    except PippinError as error:
+        print(f"server: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _tls(options: Options) -> TlsFiles | None:
+    if options.tls_cert is None or options.tls_key is None:
+        return None
+    return TlsFiles(options.tls_cert, options.tls_key, options.client_ca)

@@ -1,0 +1,149 @@
+"""The program: from READY to its exit code."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from pippin.v1 import inference_pb2 as pb
+
+
+@contextlib.contextmanager
+def program(*flags, step_s=0.0):
+    """A server as a process of its own, and its READY line."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pippin.serve.fake_server", str(step_s), "--port", "0", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
+    )
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().split()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def generate(channel, **fields):
+    method = channel.unary_stream(
+        "/pippin.v1.Inference/Generate",
+        request_serializer=pb.GenerateRequest.SerializeToString,
+        response_deserializer=pb.GenerateResponse.FromString,
+    )
+    return method(pb.GenerateRequest(text="hello", **fields), timeout=30)
+
+
+def is_serving(channel) -> bool:
+    method = channel.unary_unary(
+        "/grpc.health.v1.Health/Check",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+    return method(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def wait_for(condition):
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_ready_says_where_what_and_how_long_it_took():
+    with program() as (_, ready):
+        word, address, model, seconds, unit = ready
+        assert (word, model, unit) == ("READY", "letters", "s") and float(seconds) < 60
+        with grpc.insecure_channel(address) as channel:
+            assert [e.WhichOneof("event") for e in generate(channel, max_tokens=1)][-1] == "finished"
+
+
+def test_the_first_sigterm_withdraws_then_refuses_then_finishes_and_exits_with_0():
+    with program("--withdraw", "1", "--grace", "20", step_s=0.02) as (process, ready):
+        with grpc.insecure_channel(ready[1]) as channel:
+            taken = generate(channel, max_tokens=150)
+            assert next(taken).HasField("started")
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: not is_serving(channel))
+            late = list(generate(channel, max_tokens=3))  # while clients still come
+            assert late[-1].finished.finish_reason == pb.FINISH_REASON_LENGTH
+            time.sleep(1)
+            with pytest.raises(grpc.RpcError) as refused:
+                list(generate(channel, max_tokens=3))
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+            rest = list(taken)
+        assert rest[-1].finished.usage.output_tokens == 150, "no stream is cut"
+        assert process.wait(10) == 0
+
+
+def test_what_is_not_done_within_the_grace_ends_as_unavailable():
+    with program("--withdraw", "0", "--grace", "0.5", step_s=0.05) as (process, ready):
+        with grpc.insecure_channel(ready[1]) as channel:
+            call = generate(channel, max_tokens=400)
+            next(call)
+            process.send_signal(signal.SIGTERM)
+            events = []
+            with pytest.raises(grpc.RpcError) as error:
+                for event in call:
+                    events.append(event)  # noqa: PERF402 - the loop ends with an error
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert events[-1].finished.finish_reason == pb.FINISH_REASON_SHUTDOWN
+        assert process.wait(10) == 0
+
+
+def test_a_watcher_of_health_does_not_hold_the_exit():
+    with program("--withdraw", "0") as (process, ready), grpc.insecure_channel(ready[1]) as channel:
+        watch = channel.unary_stream(
+            "/grpc.health.v1.Health/Watch",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        process.send_signal(signal.SIGTERM)
+        assert [r.status for r in watch] in ([], [health_pb2.HealthCheckResponse.NOT_SERVING])
+        assert process.wait(4) == 0
+
+
+def test_the_second_sigterm_ends_it_at_once():
+    with program("--withdraw", "30", step_s=0.05) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        timer = threading.Timer(0.5, process.send_signal, [signal.SIGTERM])
+        timer.start()
+        assert process.wait(5) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--host", "0.0.0.0"], "nobody is asked"),
+        (["--tokens", "/no/such/file"], "cannot be read"),
+        (["--tls-cert", "/no/cert", "--tls-key", "/no/key"], "not a file"),
+        (["--port", "99999"], "no port"),
+    ],
+)
+def test_a_users_mistake_is_one_line(flags, message):
+    with program(*flags) as (process, ready):
+        _, errors = process.communicate(timeout=20)
+        lines = errors.strip().splitlines()
+        assert not ready and process.returncode == 2
+        assert message in lines[-1] and "Traceback" not in errors
+
+
+def test_a_port_that_is_taken_is_a_mistake_of_the_user():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with program("--port", str(port)) as (process, _):
+            _, errors = process.communicate(timeout=20)
+    expected = (
+        f"server: 127.0.0.1:{port} cannot be listened on: another process has it. Choose another address."
+    )
+    assert (process.returncode, errors.strip()) == (2, expected)
