@@ -49,6 +49,7 @@ class Tokenizer(abc.ABC):
     eos_id: int | None
     pad_id: int  # an id that may fill a row; the loss never counts it
     eos_ids: frozenset[int]  # all that end a text or a turn, `eos_id` among them
+    start_ids: tuple[int, ...]  # what a model expects before each text
     special_tokens: Mapping[str, int]  # as they are spelt -> id
 
     @property
@@ -107,6 +108,8 @@ class SentencePieceTokenizer(Tokenizer):
         control = [i for i in range(self.vocab_size) if self._processor.is_control(i)]
         self.special_tokens = {self._processor.id_to_piece(i): i for i in control}
         self.eos_ids = _turn_ends(self, eos_ids)
+        # As in training here: a model without a token for the start of a text reads on behind the end of another.
+        self.start_ids = tuple(i for i in (self.bos_id, self.eos_id) if i is not None)[:1]
         # In a text the mark of spaces would come back as a space, so it is spelt in bytes, which
         # needs byte fallback, and that no space is put before the rest.
         lossless = proto.trainer_spec.byte_fallback and not proto.normalizer_spec.add_dummy_prefix
@@ -164,6 +167,7 @@ class JsonTokenizer(Tokenizer):
         added = tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in sorted(added.items()) if token.special}
         self.eos_ids = _turn_ends(self, eos_ids)
+        self.start_ids = _before(tokenizer)
         self._special_ids = self.special_ids
         self._bytes_of = bytes_of_token(tokenizer.decoder)
 
@@ -263,7 +267,10 @@ def _load_json(directory: Path) -> Tokenizer:
                 f"{directory / 'tokenizer_config.json'} names {name}_token {text!r}, which is no token of {_JSON}. "
                 "The two files belong to different tokenizers: copy both from one model."
             )
-    return JsonTokenizer(tokenizer, special_ids, _listed_eos_ids(directory))
+    made = JsonTokenizer(tokenizer, special_ids, _listed_eos_ids(directory))
+    if isinstance(adds := tokens.get("add_bos_token"), bool):
+        made.start_ids = (made.bos_id,) if adds and made.bos_id is not None else ()
+    return made
 
 
 def read_tokenizer_object(path: Path) -> dict[str, Any]:
@@ -296,6 +303,13 @@ def _listed_eos_ids(directory: Path) -> list[int]:
         value = read_tokenizer_object(directory / name).get("eos_token_id")
         listed += [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
     return listed
+
+
+def _before(tokenizer: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The ids that the library puts before a text."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    starts = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return tuple(whole[: next(starts, 0)])
 
 
 def _turn_ends(tokenizer: Tokenizer, listed: Iterable[int]) -> frozenset[int]:

@@ -122,6 +122,14 @@ class ModelRunner:
         return logits
 
 
+def page_bytes(cfg: CausalLMConfig, page_size: int) -> int:
+    """What one page of the cache of a model takes, in all its layers."""
+    cfg = paged(page_size=page_size, num_pages=1)(cfg)
+    definition, params = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
+    cache = jax.eval_shape(partial(_empty_cache, definition, page_size), params)
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache) if a.dtype != jnp.int32)
+
+
 def _empty_cache(definition: nnx.GraphDef, max_len: int, params: Params) -> Cache:
     return merge(definition, params).init_cache(1, max_len)
 
