@@ -113,7 +113,7 @@ class GGUFFile:
 
     def _wrong(self, key: str, kind: str) -> CheckpointError:
         value = self.metadata[key]
-        got = f"{len(value)} values" if isinstance(value, list | np.ndarray) else repr(value)[:80]
+        got = f"{len(value)} values" if isinstance(value, (list, np.ndarray)) else repr(value)[:80]
         return CheckpointError(f"{self.path}: {key} is {got}; it must be {kind}. Get the file again.")
 
 
