@@ -163,7 +163,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             if name == "join":
                 return _joined(*args, owner)
             _meter.get().make(len(owner))
-        return self.measured(ImmutableSandboxedEnvironment.call(self, context, obj, *args, **kwargs))
+        result = super().call(context, obj, *args, **kwargs)  # pyright: ignore[reportCallIssue]
+        return self.measured(result)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):

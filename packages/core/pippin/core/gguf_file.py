@@ -75,7 +75,7 @@ class GGUFFile:
     def number(self, key: str, default: float | None = None) -> float:
         """The number under a key, the shortest decimal where it is of 32 bits; raises as `text` does."""
         value = self._scalar(key, "number", default)
-        return float(str(value)) if isinstance(value, np.float32) else float(value)
+        return float(str(value)) if np.asarray(value).dtype == np.float32 else float(value)
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         """The truth value under a key; raises as `text` does."""
