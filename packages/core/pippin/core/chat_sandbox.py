@@ -161,10 +161,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             if name == "replace":
                 return _replaced(owner, *args)
             if name == "join":
-                return _joined(*args, owner)
+                return _joined(args[0], owner)
             _meter.get().make(len(owner))
-        result = super().call(context, obj, *args, **kwargs)  # pyright: ignore[reportCallIssue]
-        return self.measured(result)
+        return self.measured(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
