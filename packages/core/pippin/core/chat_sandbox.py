@@ -14,7 +14,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -121,7 +121,7 @@ class _Generator(CodeGenerator):
 class _Generation(Extension):
     """`{% generation %}`, by which transformers finds the assistant's tokens: here, only what is inside."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  as its base has it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -132,7 +132,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     """The environment. Render inside `metered()`."""
 
     code_generator_class = _Generator
-    intercepted_binops: ClassVar[frozenset[str]] = frozenset(("+", "*", "**", "%"))
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def __init__(self):
         super().__init__(
@@ -161,7 +161,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             if name == "replace":
                 return _replaced(owner, *args)
             if name == "join":
-                return _joined(*args, owner)
+                return _joined(args[0], owner)
             _meter.get().make(len(owner))
         return self.measured(super().call(context, obj, *args, **kwargs))
 
@@ -176,7 +176,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             text, times = (left, right) if isinstance(left, str) else (right, left)
             if not isinstance(text, str):
                 raise TemplateLimitError("it repeats a list")
-            _meter.get().make(len(text) * times)
+            _meter.get().make(int(len(text) * times))
         elif operator == "+" and isinstance(left, Sequence) and isinstance(right, Sequence):
             _meter.get().make(len(left) + len(right))
             return self.measured(super().call_binop(context, operator, left, right))

@@ -75,7 +75,7 @@ class GGUFFile:
     def number(self, key: str, default: float | None = None) -> float:
         """The number under a key, the shortest decimal where it is of 32 bits; raises as `text` does."""
         value = self._scalar(key, "number", default)
-        return float(str(value)) if isinstance(value, np.float32) else float(value)
+        return float(str(value)) if np.asarray(value).dtype == np.float32 else float(value)
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         """The truth value under a key; raises as `text` does."""
@@ -113,7 +113,7 @@ class GGUFFile:
 
     def _wrong(self, key: str, kind: str) -> CheckpointError:
         value = self.metadata[key]
-        got = f"{len(value)} values" if isinstance(value, list | np.ndarray) else repr(value)[:80]
+        got = f"{len(value)} values" if isinstance(value, (list, np.ndarray)) else repr(value)[:80]
         return CheckpointError(f"{self.path}: {key} is {got}; it must be {kind}. Get the file again.")
 
 

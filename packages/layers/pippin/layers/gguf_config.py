@@ -108,7 +108,7 @@ def _refuse_unsupported(file: GGUFFile, arch: str) -> None:
                 f"{file.path}: {key} is of a feature that is not supported. Choose another model of the Llama family."
             )
         value = file.metadata[key]
-        if isinstance(value, list | np.ndarray) or value != _FIXED[name]:
+        if isinstance(value, (list, np.ndarray)) or value != _FIXED[name]:
             raise _unsupported(file, key, repr(_FIXED[name]))
 
 
