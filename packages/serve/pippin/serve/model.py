@@ -149,7 +149,7 @@ def _limits(cfg: CausalLMConfig, context: int, sizes: Sizes) -> Limits:
         raise ConfigError(
             f"a cache of {sizes.cache_bytes >> 20} MiB holds {num_pages * limits.page_size} tokens of this model; at "
             f"least {min(context, limits.chunk_tokens)} are needed. Set --cache-mib to "
-            f"{-(-limits.chunk_tokens * of_page // limits.page_size >> 20) + 1} or more."
+            f"{-(-limits.chunk_tokens * of_page // limits.page_size >> 20)} or more."
         )
     # No more than all requests can fill.
     most = sizes.max_requests * -(-context // limits.page_size)
