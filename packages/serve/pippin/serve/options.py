@@ -35,7 +35,15 @@ class Options:
     @property
     def address(self) -> str:
         """Of Inference."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return self._at(self.port)
+
+    @property
+    def metrics_address(self) -> str | None:
+        """Of Prometheus metrics."""
+        return None if self.metrics_port is None else self._at(self.metrics_port)
+
+    def _at(self, port: int) -> str:
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
 
 
 def parse_options(argv: Sequence[str] | None = None) -> Options:
