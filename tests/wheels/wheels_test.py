@@ -19,7 +19,10 @@ FOLDERS = {
     "pippin-export": "packages/export",
 }
 SCRIPTS = {
-    "pippin-layers": {"pippin-convert": "packages/layers/pippin/layers/convert"},
+    "pippin-layers": {
+        "pippin-convert": "packages/layers/pippin/layers/convert",
+        "pippin-fetch": "packages/layers/pippin/layers/fetch",
+    },
     "pippin-train": {
         "pippin-train": "packages/train/pippin/train/launch",
         "pippin-compile": "packages/train/pippin/train/compile",

@@ -106,6 +106,45 @@ def test_ids_of_no_token_are_left_out_of_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([tokenizer.vocab_size, *tokenizer.encode("main"), 1 << 20, -1]) == "main"
 
 
+def test_the_bytes_of_tokens_make_up_the_text(model_directory: Path, json_directory: Path) -> None:
+    opened = [load_tokenizer(model_directory), load_tokenizer(json_directory)]
+
+    @given(_TEXTS)
+    @settings(max_examples=200, deadline=None)
+    def check(text: str) -> None:
+        for tokenizer in opened:
+            assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+
+    check()
+
+
+def test_special_tokens_and_no_tokens_have_no_bytes(tokenizer: Tokenizer) -> None:
+    assert {tokenizer.bos_id, tokenizer.eos_id} <= tokenizer.special_ids
+    assert tokenizer.special_ids == set(tokenizer.special_tokens.values())
+    for i in (*tokenizer.special_ids, -1, tokenizer.vocab_size, 1 << 20):
+        assert tokenizer.token_bytes(i) == b""
+
+
+def test_bytes_start_with_the_space_that_a_model_puts_first(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(_sentencepiece(add_dummy_prefix=True))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("main é")
+    assert b"".join(map(tokenizer.token_bytes, ids)) == " main é".encode()
+    assert tokenizer.decode(ids) == "main é"
+
+
+def test_ends_of_turns_come_from_all_files_and_names(json_directory: Path, tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer.from_file(str(json_directory / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|im_end|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    end = tokenizer.token_to_id("<|im_end|>")
+    assert load_tokenizer(tmp_path).eos_ids == {1, end}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 7, 100000]}')
+    (tmp_path / "config.json").write_text('{"eos_token_id": 8}')
+    assert load_tokenizer(tmp_path).eos_ids == {1, 7, 8, end}
+
+
 def test_special_ids_come_from_the_model(model_directory: Path) -> None:
     tokenizer = load_tokenizer(model_directory)
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 1, 3)

@@ -74,6 +74,23 @@ def test_rows_read_a_page_that_another_row_wrote():
     np.testing.assert_allclose(got, expected[:, 4:], rtol=1e-5, atol=1e-5)
 
 
+def test_tokens_at_given_positions_continue_as_those_in_order():
+    cfg = configs.paged(page_size=_PAGE)(_MODEL)
+    m = parts(cfg)
+    expected, _ = _logits(_MODEL, _TOKENS)
+    cache = m.method("init_cache", batch_size=2, max_len=13)(m.params)
+    extend_at = m.method("extend_at")
+    # Row 0 has 3 tokens in the first step and 2 in the second, row 1 has 1 and 3; the others are padding.
+    for starts, stops in (((0, 0), (3, 1)), ((3, 1), (5, 4))):
+        steps = np.arange(3)[None] + np.asarray(starts)[:, None]
+        at = np.where(steps < np.asarray(stops)[:, None], steps, -1).astype(np.int32)
+        tokens = jnp.take_along_axis(_TOKENS, jnp.maximum(at, 0), axis=1)
+        last = np.asarray(stops, np.int32) - np.asarray(starts, np.int32) - 1
+        got, cache = extend_at(m.params, tokens, jnp.asarray(at), cache, jnp.asarray(last))
+        for row, stop in enumerate(stops):
+            np.testing.assert_allclose(got[row], expected[row, stop - 1], rtol=1e-5, atol=1e-5)
+
+
 def test_tokens_without_a_page_are_not_kept():
     cache = configs.PagedCacheConfig(num_kv_heads=_K, head_dim=_H, page_size=_PAGE, num_pages=3).build()
     state = assign_pages(cache.init(2, 8, jnp.dtype(jnp.float64)), jnp.asarray([[2, -1], [-1, 0]], jnp.int32))

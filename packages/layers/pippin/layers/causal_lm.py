@@ -104,6 +104,23 @@ class CausalLM(Module):
         cache = {"lengths": cache["lengths"] + tokens.shape[1], "decoder": out.cache}
         return self._logits(self._head(), self.norm(decoded)), cache
 
+    def extend_at(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: Cache,
+        read: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """The logits after token `read[i]` of each row i, and the cache with all tokens.
+
+        For callers that know where each row's tokens stand, -1 for padding, as of a cache in pages: the lengths in the cache
+        are neither read nor changed.
+        """
+        out = self.decoder(self._embedded(tokens), Context(positions), cache["decoder"])
+        decoded = jnp.take_along_axis(out.x, read[:, None, None], axis=1)
+        logits = self._logits(self._head(), self.norm(decoded))
+        return logits[:, 0], {"lengths": cache["lengths"], "decoder": out.cache}
+
     def _embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return constrain(self.embedding(tokens, self.dtype), "batch", "sequence", None)
 

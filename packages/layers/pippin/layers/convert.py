@@ -26,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def convert(source: Path, target: Path, form: str) -> None:
-    """Writes the model of a directory to a new one, whole or not at all.
+    """Writes a model to a new directory, whole or not at all.
 
     Args:
-        source: a training run, one of its steps, a bundle, or a Hugging Face folder.
+        source: a training run, one of its steps, a bundle, a Hugging Face folder, or a GGUF file.
         target: where the new one is to lie; there is nothing there yet.
         form: "bundle" or "huggingface".
 
@@ -55,7 +55,9 @@ def convert(source: Path, target: Path, form: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="convert", description="Converts a model on disk.")
     parser.add_argument(
-        "source", type=Path, help="a training run, one of its steps, a bundle or a Hugging Face folder"
+        "source",
+        type=Path,
+        help="a training run, one of its steps, a bundle, a Hugging Face folder or a GGUF file",
     )
     parser.add_argument("target", type=Path, help="a new folder")
     parser.add_argument("--to", choices=_FORMS, default="bundle", help="the form to write (default: bundle)")

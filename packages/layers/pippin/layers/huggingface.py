@@ -67,9 +67,11 @@ def load_huggingface(directory: str | Path) -> HuggingFaceModel:
     directory = Path(directory).absolute()
     cfg = config_from_huggingface(read_json_object(directory / CONFIG_FILE))
     tensors = open_weights(directory)
-    infos = _infos(cfg)
-    _require_match(directory, cfg, infos, tensors)
-    params = unflatten_params({info.path: _read(info, tensors) for info in infos})
+    ignored = {name for name in tensors if name.endswith(_ROTATION)} | (
+        {_TIED_HEAD} if cfg.head is None else set()
+    )
+    described = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    params = read_params(cfg, described, _NAMES, directory, CONFIG_FILE)
     if cfg.head is None and _TIED_HEAD in tensors:
         _require_tied(directory, params["embedding"]["weight"], tensors[_TIED_HEAD].read())
     return HuggingFaceModel(cfg, params, directory if has_tokenizer(directory) else None)
@@ -112,15 +114,45 @@ def save_huggingface(
     save_folder(Path(directory).absolute(), raw, tensors, tokenizer=tokenizer, max_file_bytes=max_file_bytes)
 
 
+def read_params(
+    cfg: CausalLMConfig,
+    tensors: Mapping[str, StoredTensor],
+    names: Mapping[str, str],
+    source: Path,
+    described_by: str,
+) -> Params:
+    """The parameters of a model of the Llama family, from its tensors in another form; layers are stacked.
+
+    Args:
+        cfg: the config tree.
+        tensors: by their names there, each linear map as [output, input].
+        names: the path of a parameter, less its last step -> its name there, less "weight" or "bias", with {} for
+            the number of a layer.
+        source: where the tensors come from, for errors.
+        described_by: what the config comes from, for errors.
+
+    Raises:
+        CheckpointError: the tensors are not those that the config asks for.
+    """
+    infos = _infos(cfg)
+    if problems := _differences(infos, tensors, names):
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"the tensors of {source} are not those that its {described_by} describes: {'; '.join(problems[:5])}{more}. "
+            "Take both from one model."
+        )
+    return unflatten_params({info.path: _read(info, tensors, names) for info in infos})
+
+
 def _infos(cfg: CausalLMConfig) -> list[ParameterInfo]:
     model = nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0)))
     return list(flatten_params(parameter_infos(model)).values())
 
 
-def _names(info: ParameterInfo) -> Iterator[str]:
+def _names(info: ParameterInfo, names: Mapping[str, str]) -> Iterator[str]:
     """Their names of a parameter: one a layer, or one."""
     above, _, last = info.path.rpartition(".")
-    name = f"{_NAMES[above]}.{'bias' if last == 'bias' else 'weight'}"
+    name = f"{names[above]}.{'bias' if last == 'bias' else 'weight'}"
     return (name.format(i) for i in range(info.shape[0])) if info.stacked else iter((name,))
 
 
@@ -134,15 +166,15 @@ def _their_shape(info: ParameterInfo) -> tuple[int, ...]:
     return shape[::-1] if _is_transposed(info) else shape
 
 
-def _require_match(
-    directory: Path, cfg: CausalLMConfig, infos: list[ParameterInfo], tensors: Mapping[str, StoredTensor]
-) -> None:
-    """Raises `CheckpointError` unless the tensors are those that the config asks for."""
-    seen = {_TIED_HEAD} if cfg.head is None else set()
+def _differences(
+    infos: list[ParameterInfo], tensors: Mapping[str, StoredTensor], names: Mapping[str, str]
+) -> list[str]:
+    """Where the tensors are not those that the config asks for."""
+    seen: set[str] = set()
     problems = []
     for info in infos:
         dtype = None
-        for name in _names(info):
+        for name in _names(info, names):
             if name not in tensors:
                 problems.append(f"{name} is missing")
                 break  # one layer that is missing says enough, and config.json may claim millions
@@ -154,19 +186,13 @@ def _require_match(
             elif tensor.dtype != dtype:
                 problems.append(f"{name} is {tensor.dtype}, not {dtype} as in other layers")
     if not problems:  # otherwise names of layers that were not looked at would seem too many
-        extra = [name for name in tensors if name not in seen and not name.endswith(_ROTATION)]
-        problems = [f"{name} is not of this model" for name in sorted(extra)]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(
-            f"the tensors of {directory} are not those that its {CONFIG_FILE} describes: "
-            f"{'; '.join(problems[:5])}{more}. Take both from one model."
-        )
+        problems = [f"{name} is not of this model" for name in sorted(tensors.keys() - seen)]
+    return problems
 
 
-def _read(info: ParameterInfo, tensors: Mapping[str, StoredTensor]) -> np.ndarray:
+def _read(info: ParameterInfo, tensors: Mapping[str, StoredTensor], names: Mapping[str, str]) -> np.ndarray:
     values: np.ndarray | None = None
-    for i, name in enumerate(_names(info)):
+    for i, name in enumerate(_names(info, names)):
         value = tensors[name].read()
         value = value.T if _is_transposed(info) else value
         if not info.stacked:
@@ -204,7 +230,7 @@ def _tensors(infos: list[ParameterInfo], flat: Mapping[str, Any]) -> Iterator[tu
                 f"{info.path} is {value.dtype}{list(value.shape)}; it must be {list(info.shape)} in float32, float16 "
                 "or bfloat16. Give the parameters and the config of one model."
             )
-        for i, name in enumerate(_names(info)):
+        for i, name in enumerate(_names(info, _NAMES)):
             read = functools.partial(_layer, value, i if info.stacked else None, _is_transposed(info))
             yield name, StoredTensor(_their_shape(info), np.dtype(value.dtype), read)
 

@@ -14,6 +14,7 @@ class Limits:
 
     num_pages: int
     page_size: int = 16  # tokens
+    longest: int | None = None  # text that the model can read, in tokens; None: any that fits into the pages
     max_requests: int = 32  # served at a time, and tokens of answers in a step
     chunk_tokens: int = 128  # of prompts in a step
     row_tokens: int = 16  # a chunk is computed in rows of so many, the last of a prompt not full
@@ -24,8 +25,9 @@ class Limits:
 
     @property
     def max_context(self) -> int:
-        """The longest text that the cache holds."""
-        return self.num_pages * self.page_size
+        """The longest text, in tokens."""
+        held = self.num_pages * self.page_size
+        return held if self.longest is None else min(held, self.longest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from pippin.train.input.cache import default_cache_dir
+from pippin.core.cache_dir import default_cache_dir
 
 
 def keep_compiled_programs(directory: Path | None = None) -> Path:

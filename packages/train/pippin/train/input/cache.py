@@ -1,4 +1,4 @@
-"""The cache directory: what is made once from given data and settings, under a digest of both."""
+"""What is made once from given data and settings, in the cache directory, under a digest of both."""
 
 from __future__ import annotations
 
@@ -6,17 +6,9 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-
-def default_cache_dir() -> Path:
-    """PIPPIN_CACHE_DIR, or else `pippin` in the user's cache directory (XDG_CACHE_HOME)."""
-    if own := os.environ.get("PIPPIN_CACHE_DIR"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pippin"
 
 
 def digest(value: Any) -> str:

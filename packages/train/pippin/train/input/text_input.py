@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from pippin.core.batch import Batch
+from pippin.core.cache_dir import default_cache_dir
 from pippin.core.errors import ConfigError, DataError
 from pippin.core.tokenizer import Tokenizer, load_tokenizer
-from pippin.train.input.cache import default_cache_dir
 from pippin.train.input.config import BadInput, TextInputConfig
 from pippin.train.input.order import Place, SampleOrder, TaskOrder
 from pippin.train.input.packing import SEGMENTS, TARGETS, to_batch

@@ -1,0 +1,156 @@
+"""The runner: computes the tokens of a step with a model, in programs of a few fixed shapes."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pippin.core.module import Params, merge, split
+from pippin.layers.cache_paged import assign_pages
+from pippin.layers.causal_lm_config import CausalLMConfig
+from pippin.layers.context import Cache
+from pippin.layers.kernel_paged_config import paged
+from pippin.layers.unrolled import unrolled, untied
+from pippin.serve.engine.request import Sampled
+from pippin.serve.engine.scheduler import Limits, Row
+from pippin.serve.sampler import Sampler, compiler_options
+
+# The least and the most rows of a program for answers, and the least for prompts. A matrix product on a CPU sums in
+# another order for one row, for one to three, and for more than 32: the same token would differ in the last bits.
+_LEAST_ANSWERS, _MOST_ANSWERS, _LEAST_CHUNK_TOKENS = 4, 32, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Tokens that are a row of a program, or the start of one."""
+
+    row: Row
+    start: int  # in the tokens of the row
+    stop: int
+
+
+class ModelRunner:
+    """Computes steps with a model, its cache in pages, and a sampler.
+
+    Tokens of prompts and tokens of answers are computed by different programs, and each kind always in the same order
+    of operations, whatever rows there are beside: an answer is the same, bit by bit, alone or in a full batch.
+    """
+
+    def __init__(self, cfg: CausalLMConfig, params: Mapping[str, Any], limits: Limits):
+        """Takes a model's config and its parameters."""
+        cfg, params = untied(*unrolled(cfg, params))
+        cfg = paged(page_size=limits.page_size, num_pages=limits.num_pages)(cfg)
+        self.limits = limits
+        self._table_size = -(-limits.max_context // limits.page_size)
+        definition, _ = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
+        self._params: Params = jax.tree.map(jnp.asarray, params)
+        self._empty = jax.jit(partial(_empty_cache, definition, self._table_size * limits.page_size))
+        self._step = jax.jit(
+            partial(_step, definition), donate_argnums=1, compiler_options=compiler_options()
+        )
+        self._sampler = Sampler(cfg.vocab_size)
+        self._cache: Cache = self._empty(self._params)
+
+    def reset(self) -> None:
+        """Makes the cache anew. What pages held is lost."""
+        self._cache = None  # before the new one: two may not fit
+        self._cache = self._empty(self._params)
+
+    def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
+        """Computes a step; see `pippin.serve.engine.engine.Runner`."""
+        computed = [(pieces, self._compute(pieces, shape)) for pieces, shape in self._programs(rows)]
+        sampled: dict[str, Sampled | None] = {}  # request_id -> what follows its last token
+        for pieces, logits in computed:
+            last = [piece.row if piece.stop == len(piece.row.tokens) else None for piece in pieces]
+            last += [None] * (logits.shape[0] - len(last))
+            results = zip(last, self._sampler(logits, last), strict=True)
+            sampled |= {row.request_id: result for row, result in results if row is not None}
+        return [sampled[row.request_id] for row in rows]
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows and tokens a row of all programs."""
+        return [
+            *((count, 1) for count in self._answer_counts()),
+            *((n, self.limits.row_tokens) for n in self._chunk_counts()),
+        ]
+
+    def warm_up(self, shape: tuple[int, int]) -> None:
+        """Compiles the programs of a shape, or gets them from JAX's cache of compiled programs."""
+        self._sampler.warm_up(self._compute([], shape))
+
+    def _answer_counts(self) -> list[int]:
+        return _doublings(_LEAST_ANSWERS, min(self.limits.max_requests, _MOST_ANSWERS))
+
+    def _chunk_counts(self) -> list[int]:
+        size = self.limits.row_tokens
+        return _doublings(-(-_LEAST_CHUNK_TOKENS // size), self.limits.chunk_tokens // size)
+
+    def _programs(self, rows: Sequence[Row]) -> Iterator[tuple[list[_Piece], tuple[int, int]]]:
+        """What each program computes, and its shape."""
+        size = self.limits.row_tokens
+        for counts, tokens, chosen in (
+            (self._chunk_counts(), size, [row for row in rows if row.is_prompt]),
+            (self._answer_counts(), 1, [row for row in rows if not row.is_prompt]),
+        ):
+            pieces = [
+                _Piece(row, start, min(start + tokens, len(row.tokens)))
+                for row in chosen
+                for start in range(0, len(row.tokens), tokens)
+            ]
+            for start in range(0, len(pieces), counts[-1]):
+                part = pieces[start : start + counts[-1]]
+                yield part, (next(n for n in counts if n >= len(part)), tokens)
+
+    def _compute(self, pieces: Sequence[_Piece], shape: tuple[int, int]) -> Float[Array, "R V"]:
+        """The logits after the last token of each piece."""
+        tokens, read = np.zeros(shape, np.int32), np.zeros(shape[0], np.int32)
+        positions = np.full(shape, -1, np.int32)
+        tables = np.full((shape[0], self._table_size), -1, np.int32)
+        for i, piece in enumerate(pieces):
+            count, first = piece.stop - piece.start, piece.row.position + piece.start
+            tokens[i, :count] = piece.row.tokens[piece.start : piece.stop]
+            positions[i, :count] = np.arange(first, first + count)
+            tables[i, : len(piece.row.pages)] = piece.row.pages
+            read[i] = count - 1
+        logits, self._cache = self._step(self._params, self._cache, tokens, positions, tables, read)
+        return logits
+
+
+def page_bytes(cfg: CausalLMConfig, page_size: int) -> int:
+    """What one page of the cache of a model takes, in all its layers."""
+    cfg = paged(page_size=page_size, num_pages=1)(cfg)
+    definition, params = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
+    cache = jax.eval_shape(partial(_empty_cache, definition, page_size), params)
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache) if a.dtype != jnp.int32)
+
+
+def _empty_cache(definition: nnx.GraphDef, max_len: int, params: Params) -> Cache:
+    return merge(definition, params).init_cache(1, max_len)
+
+
+def _step(
+    definition: nnx.GraphDef,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    tables: Int[Array, "R P"],
+    read: Int[Array, " R"],
+) -> tuple[Float[Array, "R V"], Cache]:
+    model = merge(definition, params)
+    logits, cache = model.extend_at(tokens, positions, assign_pages(cache, tables), read)
+    return logits, assign_pages(cache, tables[:1])  # as it came in, so that its memory is used again
+
+
+def _doublings(first: int, most: int) -> list[int]:
+    """Powers of two times the first, up to one that is no less than the most."""
+    counts = [first]
+    while counts[-1] < most:
+        counts.append(2 * counts[-1])
+    return counts

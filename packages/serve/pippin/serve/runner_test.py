@@ -1,0 +1,176 @@
+"""The runner: the model's own greedy answers, whatever is served beside them, and in the same bits."""
+
+import functools
+import queue
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pippin.core.config_tree import override
+from pippin.core.module import merge, split
+from pippin.layers.causal_lm_config import FloatType
+from pippin.layers.generate import generate
+from pippin.layers.models.afm_on_device_2025 import afm_on_device_2025
+from pippin.layers.models.llama import smollm2_135m
+from pippin.serve.engine.engine import Engine
+from pippin.serve.engine.request import FinishReason, Request, Sampling
+from pippin.serve.engine.scheduler import Limits, Row, Scheduler
+from pippin.serve.runner import ModelRunner
+
+_TINY = override(
+    smollm2_135m(),
+    {
+        "vocab_size": 256,
+        "dim": 32,
+        "decoder.num_layers": 2,
+        "decoder.layer.attention.num_kv_heads": 1,
+        "decoder.layer.attention.num_heads": 2,
+        "decoder.layer.attention.head_dim": 16,
+        "decoder.layer.feed_forward.hidden_dim": 48,
+    },
+)
+# Products of this size are where the order of sums depends on how many rows there are.
+_WIDE = override(
+    smollm2_135m(),
+    {"vocab_size": 512, "decoder.num_layers": 1, "decoder.layer.feed_forward.hidden_dim": 1536},
+)
+_SHARED = afm_on_device_2025(
+    vocab_size=256,
+    dim=32,
+    num_heads=4,
+    head_dim=8,
+    num_layers=3,
+    num_readers=2,
+    num_kv_heads=2,
+    hidden_dim=48,
+).set(activation_dtype=FloatType.FLOAT32)
+_LIMITS = Limits(num_pages=256, page_size=4, longest=96, max_requests=32, chunk_tokens=128, row_tokens=16)
+
+
+@functools.cache
+def _model(cfg):
+    """A model whose answers do not repeat one token."""
+    definition, params = split(cfg.build(rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda a: jnp.asarray(a + 0.3 * a.std() * rng.standard_normal(a.shape), jnp.float32), params
+    )
+    return merge(definition, params), params
+
+
+@functools.cache
+def _runner(cfg, limits=_LIMITS):
+    return ModelRunner(cfg, _model(cfg)[1], limits)
+
+
+def _request(i, *, max_tokens=12, length=None, **sampling):
+    """The i-th of many requests. Their prompts are of many lengths, and some begin alike."""
+    rng = np.random.default_rng(i)
+    prompt = (*range(40, 40 + i % 3 * 7), *rng.integers(0, 256, 3 + 5 * i % 37).tolist())
+    if length is not None:
+        prompt = (*prompt, *range(length))[:length]
+    given = Sampling(**{"temperature": 0.0, "seed": i, **sampling})
+    return Request(request_id=str(i), prompt=prompt, max_tokens=max_tokens, sampling=given, text=False)
+
+
+def _serve(cfg, requests, limits=_LIMITS):
+    """The tokens of each request, which are served together."""
+    runner = _runner(cfg, limits)
+    runner.reset()
+    engine = Engine(runner, limits, lambda token: b"")
+    outputs: queue.Queue = queue.Queue()
+    for request in requests:
+        engine.submit(request, outputs.put)
+    engine.start()
+    found, missing = {r.request_id: [] for r in requests}, len(requests)
+    while missing:
+        output = outputs.get(timeout=200)
+        found[output.request_id] += output.tokens
+        missing -= output.finish_reason is not None
+        assert output.finish_reason in (None, FinishReason.LENGTH)
+    engine.stop(0)
+    assert engine.load().used_pages == 0
+    return found
+
+
+def _ids(sampled):
+    return [one.token for one in sampled]
+
+
+@pytest.mark.parametrize("cfg", [_TINY, _SHARED], ids=["llama", "shared keys"])
+def test_greedy_answers_are_those_of_generate(cfg):
+    requests = [_request(i, length=21) for i in range(6)]
+    served = _serve(cfg, requests)
+    for request in requests:
+        expected = generate(_model(cfg)[0], list(request.prompt), max_new_tokens=request.max_tokens)
+        assert _ids(served[request.request_id]) == list(expected)
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}]
+)
+def test_an_answer_is_the_same_alone_and_among_thirty(sampling):
+    requests = [_request(i, logprobs=2, **sampling) for i in range(31)]
+    together = _serve(_TINY, requests)
+    for request in requests[::5]:
+        alone = _serve(_TINY, [request])
+        # Log-probabilities too: to the last bit.
+        assert alone[request.request_id] == together[request.request_id]
+
+
+def test_an_answer_is_the_same_when_pages_ran_out_and_it_was_computed_again():
+    tight = Limits(num_pages=30, page_size=4, longest=96, max_requests=32)
+    requests = [_request(i, max_tokens=20, temperature=1.0, logprobs=1) for i in range(8)]
+    free, scarce = _serve(_TINY, requests), _serve(_TINY, requests, tight)
+    assert free == scarce
+
+
+def test_logits_of_wide_layers_have_the_same_bits_in_every_batch():
+    runner, rng = _runner(_WIDE), np.random.default_rng(1)
+    texts = [rng.integers(0, 512, 60).tolist() for _ in range(32)]
+    pages = [list(range(16 * (i % 16), 16 * (i % 16) + 16)) for i in range(32)]
+
+    def row(i, start, stop):
+        return Row(str(i), texts[i][start:stop], start, pages[i], _GREEDY, texts[i][:stop], 48, None)
+
+    def logprobs(rows):
+        return {row.request_id: one for row, one in zip(rows, runner.run(rows), strict=True)}
+
+    alone = logprobs([row(0, 0, 48)])["0"], logprobs([row(0, 48, 49)])["0"]
+    # A prompt in two parts, beside others, and its answer in batches of any size.
+    logprobs([row(1, 0, 48), row(0, 0, 20), row(2, 0, 48)])
+    among = logprobs([row(3, 0, 17), row(0, 20, 48)])["0"]
+    assert among == alone[0]
+    for count in (2, 7, 16):
+        assert logprobs([row(i, 48, 49) for i in range(count)])["0"] == alone[1]
+
+
+_GREEDY = Sampling(temperature=0.0, logprobs=20)
+
+
+def test_a_step_without_rows_that_ask_gives_no_tokens():
+    row = Row("r", [1, 2, 3], 0, [0], None, [1, 2, 3, 4], 4, None)
+    assert _runner(_TINY).run([row]) == [None]
+
+
+def test_a_row_whose_logits_are_not_finite_has_no_token_and_others_do():
+    cfg = _TINY
+    params = jax.tree.map(np.array, _model(cfg)[1])
+    params["embedding"]["weight"][7] = np.nan
+    runner = ModelRunner(cfg, params, _LIMITS)
+    # As a column of the head it would spoil every row.
+    runner._params["head"]["weight"] = jnp.asarray(np.array(_model(cfg)[1]["embedding"]["weight"]).T)
+    greedy = Sampling(temperature=0.0)
+    rows = [Row(n, [t], 0, [p], greedy, [t], 1, None) for n, t, p in (("bad", 7, 0), ("good", 8, 1))]
+    bad, good = runner.run(rows)
+    assert bad.token == -1 and good.token >= 0
+
+
+def test_the_scheduler_and_the_runner_agree_on_the_sizes():
+    limits = Limits(num_pages=8, max_requests=5, chunk_tokens=160, row_tokens=32)
+    shapes = ModelRunner(_TINY, _model(_TINY)[1], limits).shapes()
+    assert shapes == [(4, 1), (8, 1), (2, 32), (4, 32), (8, 32)]
+    assert Scheduler(limits).limits.max_context == 128
