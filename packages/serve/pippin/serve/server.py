@@ -14,7 +14,7 @@ import grpc.aio
 from prometheus_client import start_http_server
 
 from pippin.core.errors import PippinError
-from pippin.serve.engine.engine import Engine
+from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.frontend import Frontend
 from pippin.serve.metrics import Metrics
 from pippin.serve.options import Options, check_security, parse_options
@@ -159,6 +159,35 @@ def run(open_backend: Callable[[Options], Backend], argv: Sequence[str] | None =
     return 0
 
 
+def open_backend(options: Options) -> Backend:
+    """The model that the flags name, with its programs compiled.
+
+    Raises:
+        PippinError: there is none, or it cannot be served, or it does not fit.
+    """
+    # JAX takes seconds to import: wrong flags are told before.
+    from pippin.serve.model import Sizes, find, open_served
+
+    sizes = Sizes(
+        cache_bytes=options.cache_mib << 20,
+        max_context=options.max_context,
+        max_requests=options.max_requests,
+        chunk_tokens=options.chunk_tokens,
+    )
+    queue = QueueLimits(
+        max_waiting=options.max_waiting,
+        max_waiting_tokens=options.max_waiting_tokens,
+        stall_s=options.stall_s,
+    )
+    opened = open_served(find(options.model), sizes, queue, options.model)
+    return Backend(opened.engine, opened.served)
+
+
+def main() -> int:
+    """Serves a model; the result is the exit code."""
+    return run(open_backend)
+
+
 def _serve_metrics(options: Options, backend: Backend) -> tuple[str | None, Callable[[], None]]:
     """The address of the metrics, and what ends them: a thread of their own answers."""
     if options.metrics_port is None:
@@ -181,3 +210,7 @@ def _tls(options: Options) -> TlsFiles | None:
     if options.tls_cert is None or options.tls_key is None:
         return None
     return TlsFiles(options.tls_cert, options.tls_key, options.client_ca)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
