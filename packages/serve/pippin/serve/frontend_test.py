@@ -39,6 +39,11 @@ def text_for(prompt: str, count: int, seed: int = 1) -> str:
     return bytes(answer(list(prompt.encode()), count, seed)).decode()
 
 
+def is_idle(front) -> bool:
+    load = front.engine.load()
+    return (load.num_running, load.num_waiting) == (0, 0)
+
+
 async def until(condition) -> None:
     async with asyncio.timeout(5):
         while not condition():
@@ -67,7 +72,7 @@ async def test_completions_have_seeds_of_their_own_and_the_first_has_the_calls()
 
 async def test_what_nobody_took_comes_together():
     async with frontend() as (front, _), await front.generate(call(max_tokens=40)) as generation:
-        await until(lambda: front.engine.load().num_running == 0)
+        await until(lambda: is_idle(front))
         outputs = [output async for _, output in generation]
     assert len(outputs) <= 2 and "".join(o.text for o in outputs) == text_for("hello", 40)
 
@@ -77,7 +82,7 @@ async def test_a_reader_who_takes_nothing_is_given_up():
         frontend(max_pending_tokens=20) as (front, _),
         await front.generate(call(max_tokens=400)) as generation,
     ):
-        await until(lambda: front.engine.load().num_running == 0)
+        await until(lambda: is_idle(front))
         with pytest.raises(SlowReaderError, match="not read"):
             async for _ in generation:
                 pass

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import grpc
 import grpc.aio
+from prometheus_client import start_http_server
 
 from pippin.core.errors import PippinError
-from pippin.serve.engine.engine import Engine
+from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.frontend import Frontend
+from pippin.serve.metrics import Metrics
 from pippin.serve.options import Options, check_security, parse_options
 from pippin.serve.rpc import admin, health, inference
 from pippin.serve.rpc.admin import AdminService
@@ -52,6 +54,8 @@ class Server:
     address: str
     admin_address: str | None
     probe_address: str | None
+    metrics_address: str | None
+    close_metrics: Callable[[], None]
 
     async def stop(self, options: Options) -> None:
         """Ends in an order that cuts no stream within the grace.
@@ -64,6 +68,7 @@ class Server:
         self.health.close()
         await asyncio.gather(*(port.stop(_FLUSH_S) for port in self.ports))
         self.frontend.close()
+        self.close_metrics()
 
 
 async def start(options: Options, backend: Backend) -> Server:
@@ -107,10 +112,13 @@ async def start(options: Options, backend: Backend) -> Server:
     if options.probe_address:
         anybody = Guard(Authenticator(None), limits.slow_reader_timeout_s)
         probe_address = listen(options.probe_address, anybody, shared, None)
+    metrics_address, close_metrics = _serve_metrics(options, backend)
     engine.start()
     for port in ports:
         await port.start()
-    return Server(engine, frontend, checks, ports, address, admin_address, probe_address)
+    return Server(
+        engine, frontend, checks, ports, address, admin_address, probe_address, metrics_address, close_metrics
+    )
 
 
 async def serve(options: Options, backend: Backend, began: float) -> None:
@@ -140,8 +148,9 @@ def run(open_backend: Callable[[Options], Backend], argv: Sequence[str] | None =
     options = parse_options(argv)
     try:
         addresses = [options.address, *filter(None, [options.admin_address])]
+        others = [options.probe_address, options.metrics_address]
         check_security(options, [a for a in addresses if not is_local(a)])
-        for address in [*addresses, *filter(None, [options.probe_address])]:
+        for address in [*addresses, *filter(None, others)]:
             require_free(address)  # before the model is read, which takes a while
         asyncio.run(serve(options, open_backend(options), began))
     except PippinError as error:
@@ -150,7 +159,58 @@ def run(open_backend: Callable[[Options], Backend], argv: Sequence[str] | None =
     return 0
 
 
+def open_backend(options: Options) -> Backend:
+    """The model that the flags name, with its programs compiled.
+
+    Raises:
+        PippinError: there is none, or it cannot be served, or it does not fit.
+    """
+    # JAX takes seconds to import: wrong flags are told before.
+    from pippin.serve.model import Sizes, find, open_served
+
+    sizes = Sizes(
+        cache_bytes=options.cache_mib << 20,
+        max_context=options.max_context,
+        max_requests=options.max_requests,
+        chunk_tokens=options.chunk_tokens,
+    )
+    queue = QueueLimits(
+        max_waiting=options.max_waiting,
+        max_waiting_tokens=options.max_waiting_tokens,
+        stall_s=options.stall_s,
+    )
+    opened = open_served(find(options.model), sizes, queue, options.model)
+    return Backend(opened.engine, opened.served)
+
+
+def main() -> int:
+    """Serves a model; the result is the exit code."""
+    return run(open_backend)
+
+
+def _serve_metrics(options: Options, backend: Backend) -> tuple[str | None, Callable[[], None]]:
+    """The address of the metrics, and what ends them: a thread of their own answers."""
+    if options.metrics_port is None:
+        return None, lambda: None
+    limits = backend.engine.limits
+    metrics = Metrics(backend.model.name, limits.num_pages, limits.page_size)
+    metrics.watch(backend.engine.load)
+    backend.engine.observer = metrics
+    httpd, thread = start_http_server(options.metrics_port, options.host, metrics.registry)
+
+    def close() -> None:
+        httpd.shutdown()
+        httpd.server_close()
+        thread.join()
+
+    return f"{options.host}:{httpd.server_port}", close
+
+
 def _tls(options: Options) -> TlsFiles | None:
     if options.tls_cert is None or options.tls_key is None:
         return None
     return TlsFiles(options.tls_cert, options.tls_key, options.client_ca)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,8 +1,11 @@
 """A server with a model whose every answer is known, for tests of the edge."""
 
+import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Sequence
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -12,7 +15,8 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 
 from pippin.serve.engine.engine import Engine, QueueLimits
-from pippin.serve.engine.scheduler import Limits
+from pippin.serve.engine.request import Sampled
+from pippin.serve.engine.scheduler import Limits, Row
 from pippin.serve.engine.testing import VOCAB_SIZE, FakeRunner, token_bytes
 from pippin.serve.options import Options
 from pippin.serve.rpc.service import client_method
@@ -35,6 +39,18 @@ _DETAILS = (
     error_details_pb2.QuotaFailure,
     error_details_pb2.RetryInfo,
 )
+
+
+class SlowRunner(FakeRunner):
+    """Takes a while for each step."""
+
+    def __init__(self, limits: Limits, step_s: float):
+        super().__init__(limits)
+        self._step_s = step_s
+
+    def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
+        time.sleep(self._step_s)
+        return super().run(rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +114,27 @@ async def serving(fake: Fake | None = None, **options: Any) -> AsyncIterator[Ser
         await server.stop(dataclasses.replace(given, grace_s=0.0))
 
 
+@contextlib.contextmanager
+def serving_in_thread(step_s: float = 0.0, **options: Any) -> Iterator[str]:
+    """A server for clients that block, whose steps take a while; its address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(30)
+
+    server = serving(fake_backend(make_runner=lambda limits: SlowRunner(limits, step_s)), **options)
+    try:
+        served = run(server.__aenter__())
+        yield served.server.address
+        run(server.__aexit__(None, None, None))
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
 def text_of(events: Sequence[pb.GenerateResponse], index: int = 0) -> str:
     """The text of a completion."""
     return "".join(e.delta.text for e in events if e.HasField("delta") and e.delta.index == index)
@@ -107,7 +144,7 @@ def details_of(error: grpc.aio.AioRpcError) -> dict[str, Any]:
     """The rich details of an error, by the name of their message."""
     found: dict[str, Any] = {}
     for key, value in error.trailing_metadata() or ():
-        if key == "grpc-status-details-bin":
+        if isinstance(value, bytes) and key == "grpc-status-details-bin":
             status = status_pb2.Status.FromString(value)
             assert (status.code, status.message) == (error.code().value[0], error.details())
             for packed in status.details:

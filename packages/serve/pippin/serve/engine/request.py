@@ -24,9 +24,11 @@ class Constraint(Protocol):
 
     def write_mask(self, allowed: np.ndarray) -> None:
         """Sets bit `i % 32` of word `i // 32` of an int32 array for each id that may come next."""
+        ...
 
     def accept(self, token: int) -> bool:
         """Goes on by a token; True where the text is complete and nothing may follow."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

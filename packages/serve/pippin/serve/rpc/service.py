@@ -31,8 +31,8 @@ def service_handler(service: ServiceDescriptor, methods: Mapping[str, Any]) -> g
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
 
 
-def client_method(channel: grpc.aio.Channel, method: MethodDescriptor) -> Any:
-    """What calls a method over a channel: a multicallable of grpc.aio."""
+def client_method(channel: grpc.Channel | grpc.aio.Channel, method: MethodDescriptor) -> Any:
+    """What calls a method over a channel: a multicallable of grpc or grpc.aio, as the channel is."""
     make = channel.unary_stream if method.server_streaming else channel.unary_unary
     return make(
         f"/{method.containing_service.full_name}/{method.name}",
