@@ -39,9 +39,14 @@ class Collective:
     kind: str
     group_size: int
     axes: str  # of the mesh, such as "fsdp" or "data+fsdp"
-    per_node: int  # members of a group in each node that it is in; 0: all are in one
+    per_node: int  # members of a group in each node or slice that it is in; 0: all are in one
     sent_bytes: float  # by each device, all times together
     times: int
+
+    @property
+    def over_network(self) -> bool:
+        """Whether it leaves a node or a slice."""
+        return self.per_node > 0
 
 
 def read_collectives(program: Program, mesh: Mapping[str, int], node_size: int = 0) -> tuple[Collective, ...]:
@@ -52,7 +57,7 @@ def read_collectives(program: Program, mesh: Mapping[str, int], node_size: int =
         mesh: the sizes of the mesh's axes, in the order of its devices.
         node_size: how many devices are in a node; 0: all.
     """
-    names = _groups_by_axes(mesh)
+    names = groups_by_axes(mesh)
     totals: dict[tuple[str, int, str, int], list[float]] = {}
     for step in _collectives(program):
         opcode = step.instruction.opcode
@@ -185,7 +190,7 @@ def _of_axes(sizes: Mapping[str, int], names: list[str]) -> Groups:
     return frozenset(frozenset(row.tolist()) for row in rows)
 
 
-def _groups_by_axes(mesh: Mapping[str, int]) -> dict[Groups, str]:
+def groups_by_axes(mesh: Mapping[str, int]) -> dict[Groups, str]:
     """The groups of every set of axes that are longer than 1 -> the set's name."""
     split = [axis for axis, size in mesh.items() if size > 1]
     sets = itertools.chain.from_iterable(itertools.combinations(split, n) for n in range(1, len(split) + 1))

@@ -118,6 +118,7 @@ def estimate(cfg: Any, target: Target) -> Estimate:
     goal = topology(target)
     trainer = cfg.build(held_out=lambda most, task: (), devices=goal.devices)
     mesh = dict(trainer.mesh.shape)
+    across = cfg.mesh.shape_across(mesh, target.num_slices)
     began = time.monotonic()
     with record_choices() as choices:
         traced = trainer.trace()
@@ -157,7 +158,7 @@ def estimate(cfg: Any, target: Target) -> Estimate:
         tokens=cfg.input.batch_size * cfg.input.sequence_length,
         kernels=tuple(choices),
         left_out=goal.left_out,
-        profile=read_profile(compiled.as_text(), mesh, target.device) if compiled else None,
+        profile=read_profile(compiled.as_text(), mesh, target.device, across) if compiled else None,
         compile_s=time.monotonic() - began,
     )
 

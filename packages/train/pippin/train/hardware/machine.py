@@ -18,5 +18,7 @@ def for_this_machine(cfg: Any) -> Applied:
     """
     if not cfg.mesh_rules:
         return Applied(cfg, None, ())
-    first = jax.devices()[0]
-    return apply_mesh_rules(cfg, target_of(first.device_kind, jax.device_count(), first.platform))
+    devices = jax.devices()
+    platform = devices[0].platform
+    slices = len({d.slice_index for d in devices}) if platform == "tpu" else 1
+    return apply_mesh_rules(cfg, target_of(devices[0].device_kind, len(devices), platform, slices))
