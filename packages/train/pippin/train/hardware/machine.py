@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from pippin.core.mesh_config import num_slices
 from pippin.train.hardware.accelerator import target_of
 from pippin.train.hardware.mesh_rules import Applied, apply_mesh_rules
 
@@ -20,5 +21,5 @@ def for_this_machine(cfg: Any) -> Applied:
         return Applied(cfg, None, ())
     devices = jax.devices()
     platform = devices[0].platform
-    slices = len({d.slice_index for d in devices}) if platform == "tpu" else 1
+    slices = num_slices(devices) if platform == "tpu" else 1
     return apply_mesh_rules(cfg, target_of(devices[0].device_kind, len(devices), platform, slices))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pippin.train.hardware.collectives import Collective, is_collective, read_collectives
 from pippin.train.hardware.crossings import read_crossings
@@ -30,7 +30,11 @@ class Profile:
 
 
 def read_profile(
-    text: str, mesh: Mapping[str, int], device: Device, across: Mapping[str, int] | None = None
+    text: str,
+    mesh: Mapping[str, int],
+    device: Device,
+    across: Mapping[str, int] | None = None,
+    nodes: Sequence[int] = (),
 ) -> Profile:
     """The profile of a program that was compiled for a kind of device.
 
@@ -41,6 +45,7 @@ def read_profile(
         mesh: the sizes of the mesh's axes, in the order of its devices.
         device: what it was compiled for.
         across: of several TPU slices, into how many parts each axis lies over them.
+        nodes: of GPUs, the node of each device, in the order of the mesh.
     """
     program = Program(text)
     compiled_s, moved, loops, unknown = 0.0, 0.0, 0, 0
@@ -51,7 +56,7 @@ def read_profile(
         moved += step.times * moved_bytes(program, step)
     across = across or {}
     inside = {axis: size // across.get(axis, 1) for axis, size in mesh.items()}
-    collectives = read_collectives(program, inside, device.node_size) + read_crossings(program, across)
+    collectives = read_collectives(program, inside, nodes) + read_crossings(program, across)
     times = [(c.over_network, c.sent_bytes / device.bandwidth(c.per_node)) for c in collectives]
     link_s = sum((t for _, t in times), start=0.0)
     network_s = sum((t for outside, t in times if outside), start=0.0)
