@@ -18,7 +18,6 @@ from pippin.core.errors import ConfigError
 from pippin.core.module import flatten_params, merge, parameter_infos, split, unflatten_params
 from pippin.core.sharding import MeshConfig, use_mesh
 from pippin.layers import configs
-from pippin.layers.linear_config import lora
 from pippin.layers.pipeline_moves import moves
 from pippin.layers.stack_config import PipelineConfig, PipelineSchedule, Remat
 from pippin.layers.testing import assert_exact, equations, float64_fixture, parts, positions
@@ -107,7 +106,7 @@ def test_a_pipeline_trains_what_one_device_trains(schedule, rounds, microbatches
 
 
 _COMPOSED = {
-    "low-rank maps": lora(rank=2)(_LAYER),
+    "low-rank maps": configs.lora(rank=2)(_LAYER),
     "keys and values of another layer": configs.SharedKVStackConfig(
         layer=_LAYER,
         num_layers=2,
