@@ -152,9 +152,8 @@ class MeshConfig(Config):
         devices = list(jax.devices() if devices is None else devices)
         shape = self.shape(len(devices))
         auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-        if process_is_slice is None:
-            process_is_slice = devices[0].platform == "cpu"
-        slices = num_slices(devices, process_is_slice)
+        by_process = bool(devices[0].platform == "cpu" if process_is_slice is None else process_is_slice)
+        slices = num_slices(devices, by_process)
         if slices == 1:
             return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=auto, devices=devices)
         from jax.experimental.mesh_utils import create_hybrid_device_mesh
@@ -164,7 +163,7 @@ class MeshConfig(Config):
             [shape[axis] // outside[axis] for axis in MESH_AXES],
             [outside[axis] for axis in MESH_AXES],
             devices,
-            process_is_granule=process_is_slice,
+            process_is_granule=by_process,
             allow_split_physical_axes=True,
         )
         return jax.sharding.Mesh(grid, MESH_AXES, axis_types=auto)
