@@ -7,7 +7,7 @@ _PROGRAM = """
 import sys
 from pathlib import Path
 import jax
-from pippin.train.hardware.compilation_cache import keep_compiled_programs
+from pippin.core.compilation_cache import keep_compiled_programs
 
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("/cache_hits")))
