@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -179,7 +180,10 @@ def open_backend(options: Options) -> Backend:
         max_waiting_tokens=options.max_waiting_tokens,
         stall_s=options.stall_s,
     )
-    opened = open_served(find(options.model), sizes, queue, options.model)
+    path = find(options.model)
+    # Clients are told a name, and no path of this machine.
+    known_name = options.model if options.model is not None and Path(options.model) != path else None
+    opened = open_served(path, sizes, queue, known_name)
     return Backend(opened.engine, opened.served)
 
 
