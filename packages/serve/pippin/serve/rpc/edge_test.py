@@ -206,6 +206,13 @@ async def test_a_message_that_is_too_large_is_refused():
         await served.generate("a" * (5 << 20))
 
 
+async def test_a_header_that_is_too_large_is_refused():
+    async with serving() as served:
+        async with fails_with(EXHAUSTED):
+            await served.method("GetModel")(pb.GetModelRequest(), metadata=[("x", "y" * (64 << 10))])
+        assert (await served.method("GetModel")(pb.GetModelRequest())).name == "letters"
+
+
 async def test_a_full_queue_says_so_at_once_and_when_to_come_again():
     fake = fake_backend(queue=QueueLimits(max_waiting=2))
     fake.runner.hold.clear()
