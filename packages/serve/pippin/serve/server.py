@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -152,6 +153,7 @@ def run(open_backend: Callable[[Options], Backend], argv: Sequence[str] | None =
         check_security(options, [a for a in addresses if not is_local(a)])
         for address in [*addresses, *filter(None, others)]:
             require_free(address)  # before the model is read, which takes a while
+        _check_files(options)
         asyncio.run(serve(options, open_backend(options), began))
     except PippinError as error:
         print(f"server: {error}", file=sys.stderr)
@@ -179,7 +181,10 @@ def open_backend(options: Options) -> Backend:
         max_waiting_tokens=options.max_waiting_tokens,
         stall_s=options.stall_s,
     )
-    opened = open_served(find(options.model), sizes, queue, options.model)
+    path = find(options.model)
+    # Clients are told a name, and no path of this machine.
+    known_name = options.model if options.model is not None and Path(options.model) != path else None
+    opened = open_served(path, sizes, queue, known_name)
     return Backend(opened.engine, opened.served)
 
 
@@ -204,6 +209,13 @@ def _serve_metrics(options: Options, backend: Backend) -> tuple[str | None, Call
         thread.join()
 
     return f"{options.host}:{httpd.server_port}", close
+
+
+def _check_files(options: Options) -> None:
+    """Raises ConfigError where tokens or certificates are wrong."""
+    authenticator(options.tokens, certificates=False)
+    if (tls := _tls(options)) is not None:
+        server_credentials(tls)
 
 
 def _tls(options: Options) -> TlsFiles | None:

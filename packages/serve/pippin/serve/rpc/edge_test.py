@@ -137,6 +137,17 @@ async def test_all_that_is_wrong_with_a_request_is_told_by_path():
         assert fields_of(error[0]) == ["text"]
 
 
+async def test_an_error_with_very_much_to_say_arrives():
+    async with serving() as served:
+        async with fails_with(INVALID) as error:
+            await served.generate(logit_bias={1000 + i: float("nan") for i in range(300)})
+        paths = fields_of(error[0])
+        assert 20 < len(paths) < 300 and paths[0] == "logit_bias[1000]"
+        async with fails_with(INVALID) as error:
+            await served.generate(request_id="é" * 100_000)
+        assert fields_of(error[0]) == ["request_id"]
+
+
 MALFORMED = {
     "damaged": b"\x12\xff\xff",
     "text that is not UTF-8": b"\x12\x02\xff\xfe",
@@ -193,6 +204,13 @@ def test_random_bytes_never_break_the_server(messages):
 async def test_a_message_that_is_too_large_is_refused():
     async with serving() as served, fails_with(EXHAUSTED):
         await served.generate("a" * (5 << 20))
+
+
+async def test_a_header_that_is_too_large_is_refused():
+    async with serving() as served:
+        async with fails_with(EXHAUSTED):
+            await served.method("GetModel")(pb.GetModelRequest(), metadata=[("x", "y" * (64 << 10))])
+        assert (await served.method("GetModel")(pb.GetModelRequest())).name == "letters"
 
 
 async def test_a_full_queue_says_so_at_once_and_when_to_come_again():
