@@ -94,9 +94,8 @@ def open_served(path: Path, sizes: Sizes, queue: QueueLimits, name: str | None =
     limits = _limits(cfg, _context(bundle, sizes), sizes)
     runner = ModelRunner(cfg, params, limits)
     clock.log(f"cache of {limits.num_pages * limits.page_size} tokens")
-    for shape in runner.shapes():
-        runner.warm_up(shape)
-        clock.log("programs for {} rows of {} tokens".format(*shape))
+    runner.warm_up(lambda shape, s: _log.info("programs for %d rows of %d tokens: %.1f s", *shape, s))
+    clock.log("all programs")
     served = _served(name or path.absolute().name, cfg, tokenizer, bundle, limits)
     token_bytes = tokenizer.token_bytes if tokenizer else _no_bytes
     _log.info("%s: %d tokens of context, %d at a time", served.name, limits.max_context, limits.max_requests)

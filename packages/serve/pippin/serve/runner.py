@@ -1,7 +1,9 @@
 """The runner: computes the tokens of a step with a model, in programs of a few fixed shapes."""
 
+import concurrent.futures
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +26,9 @@ from pippin.serve.sampler import Sampler, compiler_options
 # The least and the most rows of a program for answers, and the least for prompts. A matrix product on a CPU sums in
 # another order for one row, for one to three, and for more than 32: the same token would differ in the last bits.
 _LEAST_ANSWERS, _MOST_ANSWERS, _LEAST_CHUNK_TOKENS = 4, 32, 64
+
+
+_COMPILING_THREADS = 2  # the compiler itself has more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,7 @@ class ModelRunner:
         self._step = jax.jit(
             partial(_step, definition), donate_argnums=1, compiler_options=compiler_options()
         )
+        self._programs: dict[tuple[int, int], jax.stages.Compiled] = {}  # shape -> program, once warmed up
         self._sampler = Sampler(cfg.vocab_size)
         self._cache: Cache = self._empty(self._params)
 
@@ -64,7 +70,7 @@ class ModelRunner:
 
     def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
         """Computes a step; see `pippin.serve.engine.engine.Runner`."""
-        computed = [(pieces, self._compute(pieces, shape)) for pieces, shape in self._programs(rows)]
+        computed = [(pieces, self._compute(pieces, shape)) for pieces, shape in self._split(rows)]
         sampled: dict[str, Sampled | None] = {}  # request_id -> what follows its last token
         for pieces, logits in computed:
             last = [piece.row if piece.stop == len(piece.row.tokens) else None for piece in pieces]
@@ -80,9 +86,28 @@ class ModelRunner:
             *((n, self.limits.row_tokens) for n in self._chunk_counts()),
         ]
 
-    def warm_up(self, shape: tuple[int, int]) -> None:
-        """Compiles the programs of a shape, or gets them from JAX's cache of compiled programs."""
-        self._sampler.warm_up(self._compute([], shape))
+    def warm_up(self, told: Callable[[tuple[int, int], float], None] = lambda shape, seconds: None) -> None:
+        """Compiles all programs, or gets them from JAX's cache of compiled programs, some at a time.
+
+        Args:
+            told: gets each shape, and how many seconds it took.
+        """
+
+        def compiled(shape: tuple[int, int]) -> tuple[float, jax.stages.Compiled]:
+            start = time.monotonic()
+            program = self._step.lower(self._params, cache, *self._inputs([], shape)).compile()
+            return time.monotonic() - start, program
+
+        # Not the arrays, which the first program to be run takes over.
+        cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self._cache)
+        # While one is traced, which takes Python's lock, others are compiled or read.
+        with concurrent.futures.ThreadPoolExecutor(_COMPILING_THREADS) as threads:
+            for shape, (seconds, program) in zip(
+                self.shapes(), threads.map(compiled, self.shapes()), strict=True
+            ):
+                self._programs[shape] = program
+                self._sampler.warm_up(self._compute([], shape))
+                told(shape, seconds)
 
     def _answer_counts(self) -> list[int]:
         return _doublings(_LEAST_ANSWERS, min(self.limits.max_requests, _MOST_ANSWERS))
@@ -91,7 +116,7 @@ class ModelRunner:
         size = self.limits.row_tokens
         return _doublings(-(-_LEAST_CHUNK_TOKENS // size), self.limits.chunk_tokens // size)
 
-    def _programs(self, rows: Sequence[Row]) -> Iterator[tuple[list[_Piece], tuple[int, int]]]:
+    def _split(self, rows: Sequence[Row]) -> Iterator[tuple[list[_Piece], tuple[int, int]]]:
         """What each program computes, and its shape."""
         size = self.limits.row_tokens
         for counts, tokens, chosen in (
@@ -109,6 +134,12 @@ class ModelRunner:
 
     def _compute(self, pieces: Sequence[_Piece], shape: tuple[int, int]) -> Float[Array, "R V"]:
         """The logits after the last token of each piece."""
+        program = self._programs.get(shape, self._step)
+        logits, self._cache = program(self._params, self._cache, *self._inputs(pieces, shape))
+        return logits
+
+    def _inputs(self, pieces: Sequence[_Piece], shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
+        """The tokens, positions, tables of pages and places to read of a program."""
         tokens, read = np.zeros(shape, np.int32), np.zeros(shape[0], np.int32)
         positions = np.full(shape, -1, np.int32)
         tables = np.full((shape[0], self._table_size), -1, np.int32)
@@ -118,8 +149,7 @@ class ModelRunner:
             positions[i, :count] = np.arange(first, first + count)
             tables[i, : len(piece.row.pages)] = piece.row.pages
             read[i] = count - 1
-        logits, self._cache = self._step(self._params, self._cache, tokens, positions, tables, read)
-        return logits
+        return tokens, positions, tables, read
 
 
 def page_bytes(cfg: CausalLMConfig, page_size: int) -> int:

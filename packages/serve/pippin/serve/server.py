@@ -146,6 +146,7 @@ def run(open_backend: Callable[[Options], Backend], argv: Sequence[str] | None =
     """The server's program; the result is its exit code. A user's mistake is one line, without a stack trace."""
     began = time.monotonic()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("jax").setLevel(logging.WARNING)
     options = parse_options(argv)
     try:
         addresses = [options.address, *filter(None, [options.admin_address])]

@@ -1,0 +1,56 @@
+"""SmolLM2-135M-Instruct, served: the greedy answers to 50 prompts are those of transformers, token for token."""
+
+import json
+import os
+import queue
+import subprocess
+from pathlib import Path
+
+from pippin.serve.engine.engine import QueueLimits
+from pippin.serve.engine.request import Request, Sampling
+from pippin.serve.model import Sizes, open_served
+from pippin.serve.served_model import Message
+
+_FILE = Path(os.environ["RUNFILES_DIR"], "smollm2", "model.gguf")
+_MAX_TOKENS = 64
+_TOPICS = (
+    "apples|the moon|steam engines|chess|volcanoes|bread|the Roman Empire|bees|glaciers|jazz|electricity|the alphabet|"
+    "coral reefs|bicycles|the heart|maps|silk|earthquakes|coffee|the number zero|owls|bridges|the Nile|clouds|printing"
+).split("|")
+
+
+def test_greedy_answers_are_those_of_transformers(tmp_path):
+    opened = open_served(_FILE, Sizes(max_context=512), QueueLimits())
+    encode, encode_chat = opened.served.encode, opened.served.encode_chat
+    assert encode is not None and encode_chat is not None
+    prompts = [list(encode_chat([Message("user", f"Tell me about {topic}.")])) for topic in _TOPICS]
+    prompts += [list(encode(f"What is known of {topic} begins with")) for topic in _TOPICS]
+    expected = _reference(prompts, tmp_path)
+    outputs: queue.Queue = queue.Queue()
+    for i, prompt in enumerate(prompts):
+        request = Request(
+            request_id=str(i),
+            prompt=tuple(prompt),
+            max_tokens=_MAX_TOKENS,
+            sampling=Sampling(temperature=0.0),
+            text=False,
+        )
+        opened.engine.submit(request, outputs.put)
+    opened.engine.start()
+    answers, missing = {str(i): [] for i in range(len(prompts))}, len(prompts)
+    while missing:
+        output = outputs.get(timeout=300)
+        answers[output.request_id] += [sampled.token for sampled in output.tokens]
+        missing -= output.finish_reason is not None
+    opened.engine.stop(0)
+    assert [answers[str(i)] for i in range(len(prompts))] == expected
+
+
+def _reference(prompts, folder):
+    """What transformers answers."""
+    asked, answered = folder / "prompts.json", folder / "answers.json"
+    asked.write_text(json.dumps(prompts))
+    script = Path(__file__).with_name("smollm2_reference.py")
+    command = [os.environ["PIPPIN_PEERS_PYTHON"], "-I", script, _FILE, asked, answered, str(_MAX_TOKENS)]
+    subprocess.run(command, check=True)
+    return json.loads(answered.read_text())
