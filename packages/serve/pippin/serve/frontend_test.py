@@ -182,7 +182,6 @@ async def test_the_earlier_of_timeout_and_deadline_ends_a_call(fields):
     async with frontend(step_s=0.005) as (front, _):
         deadline = front.engine.clock() + (60.0 if fields else 0.05)
         async with await front.generate(call(max_tokens=500, **fields), "", deadline) as generation:
-            await anext(generation)
             (output,) = await collect(generation)
     assert output.finish_reason is FinishReason.DEADLINE
 
