@@ -1,4 +1,4 @@
-"""Text from a server to the terminal: `client "Once upon a time"`, or `client --chat`.
+"""Text from a server to the terminal: `client "What is a pippin?"`, or `client --chat`.
 
 Exit codes: 0 done; 2 the request is wrong or not allowed; 69 no server; 70 the server failed; 75 it has too much to do;
 124 the time is over; 130 Ctrl-C.
@@ -48,6 +48,18 @@ class Client:
     metadata: Sequence[tuple[str, str]] = ()
     sleep: Callable[[float], None] = time.sleep
 
+    def chats(self) -> bool:
+        """Whether the model takes conversations.
+
+        Raises:
+            grpc.RpcError: the server could not be asked.
+        """
+        method = _method(self.channel, "GetModel")
+        model = self._tried(
+            lambda timeout_s: method(pb.GetModelRequest(), timeout=timeout_s, metadata=self.metadata)
+        )
+        return pb.CAPABILITY_CHAT in model.capabilities
+
     def generate(self, request: pb.GenerateRequest, write: Callable[[str], None]) -> str:
         """Writes the text as it comes. The result is the whole text.
 
@@ -56,26 +68,32 @@ class Client:
         Raises:
             grpc.RpcError: it failed. Where no server was there, and nothing had come yet, it was tried again.
         """
-        method = client_method(
-            self.channel, pb.DESCRIPTOR.services_by_name["Inference"].methods_by_name["Generate"]
-        )
-        until = time.monotonic() + self.timeout_s
-        for attempt in range(1, _ATTEMPTS + 1):
-            call = method(request, timeout=max(0.001, until - time.monotonic()), metadata=self.metadata)
-            texts: list[str] = []
+        method, texts = _method(self.channel, "Generate"), []
+
+        def once(timeout_s: float) -> str:
+            call = method(request, timeout=timeout_s, metadata=self.metadata)
             try:
                 for event in call:
                     if event.HasField("delta"):
                         texts.append(event.delta.text)
                         write(event.delta.text)
-                return "".join(texts)
             except KeyboardInterrupt:
                 call.cancel()
                 raise
+            return "".join(texts)
+
+        return self._tried(once, lambda: not texts)
+
+    def _tried[T](self, once: Callable[[float], T], again: Callable[[], bool] = lambda: True) -> T:
+        """What a call gives that is made again where no server is there, as long as it may be; it gets its timeout."""
+        until = time.monotonic() + self.timeout_s
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return once(max(0.001, until - time.monotonic()))
             except grpc.RpcError as error:
                 wait_s = _retry_after(error) or _FIRST_WAIT_S * 2 ** (attempt - 1)
-                again = not texts and attempt < _ATTEMPTS and time.monotonic() + wait_s < until
-                if _code(error) is not grpc.StatusCode.UNAVAILABLE or not again:
+                there_is_time = attempt < _ATTEMPTS and time.monotonic() + wait_s < until
+                if _code(error) is not grpc.StatusCode.UNAVAILABLE or not (again() and there_is_time):
                     raise
             self.sleep(wait_s)
         raise AssertionError("the last attempt returns or raises")
@@ -93,9 +111,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="client", description="Streams a model's text to the terminal.")
     add = parser.add_argument
-    add("prompt", nargs="?", help="the text to continue; with --chat, the first message")
+    add(
+        "prompt", nargs="?", help="what the model is asked, or a text to continue where it takes no questions"
+    )
+    add("--complete", action="store_true", help="continue the prompt, although the model takes questions")
     add("--chat", action="store_true", help="a conversation; Ctrl-C ends an answer, Ctrl-D the conversation")
-    add("--system", help="with --chat: what the model is told first")
+    add("--system", help="what a model that takes questions is told first")
     add("--address", default="127.0.0.1:50051", help="the server, HOST:PORT (%(default)s)")
     add("--timeout", type=float, default=300.0, metavar="S", help="of a request (%(default)g s)")
     add("--max-tokens", type=int, help="of output")
@@ -109,6 +130,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cert", type=pathlib.Path, metavar="PEM", help="your certificate")
     add("--key", type=pathlib.Path, metavar="PEM", help="its key")
     given = parser.parse_args(argv)
+    if given.chat and given.complete:
+        parser.error("--chat and --complete exclude each other")
     if given.prompt is None and not given.chat:
         parser.error("give a prompt, or --chat")
     if (given.cert is None) != (given.key is None) or (given.cert is not None and given.ca is None):
@@ -144,7 +167,7 @@ def request_of(given: argparse.Namespace) -> pb.GenerateRequest:
 
 def converse(client: Client, given: argparse.Namespace, write: Callable[[str], None]) -> int:
     """Answers what the user types until they end it. The result is the exit code."""
-    messages = [pb.ChatMessage(role="system", content=given.system)] if given.system else []
+    messages = _system(given)
     text = given.prompt
     while True:
         try:
@@ -172,7 +195,10 @@ def run(argv: Sequence[str] | None = None) -> int:
         if given.chat:
             return converse(client, given, _write)
         request = request_of(given)
-        request.text = given.prompt
+        if given.complete or not client.chats():
+            request.text = given.prompt
+        else:
+            request.chat.messages.extend([*_system(given), pb.ChatMessage(role="user", content=given.prompt)])
         client.generate(request, _write)
         _write("\n")
     except PippinError as error:
@@ -184,6 +210,14 @@ def run(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     return 0
+
+
+def _system(given: argparse.Namespace) -> list[pb.ChatMessage]:
+    return [pb.ChatMessage(role="system", content=given.system)] if given.system else []
+
+
+def _method(channel: grpc.Channel, name: str) -> Any:
+    return client_method(channel, pb.DESCRIPTOR.services_by_name["Inference"].methods_by_name[name])
 
 
 def _answer(client: Client, request: pb.GenerateRequest, write: Callable[[str], None]) -> str | None:

@@ -22,8 +22,15 @@ def expected(text: str, count: int, seed: int = 1) -> str:
 
 def test_a_prompt_is_continued_on_standard_output(capsys):
     with serving_in_thread() as address:
-        code = run(["hello", "--address", address, "--max-tokens", "12", "--seed", "1"])
+        code = run(["hello", "--complete", "--address", address, "--max-tokens", "12", "--seed", "1"])
     assert (code, capsys.readouterr().out) == (0, expected("hello", 12) + "\n")
+
+
+def test_a_model_that_takes_questions_is_asked(capsys):
+    with serving_in_thread() as address:
+        flags = ["--system", "s", "--address", address, "--max-tokens", "12", "--seed", "1"]
+        assert run(["hello", *flags]) == 0
+    assert capsys.readouterr().out == expected("system:s\nuser:hello\n", 12) + "\n"
 
 
 def test_what_is_not_given_is_not_sent():

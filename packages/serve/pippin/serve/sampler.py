@@ -35,7 +35,7 @@ def compiler_options() -> dict[str, str]:
 class _Controls:
     """What each of S rows asks for."""
 
-    seed: np.ndarray  # [S]
+    seed: np.ndarray  # [S, 2]: its lower and its upper 32 bits
     step: np.ndarray  # [S]: tokens of the output so far
     temperature: np.ndarray  # [S]
     top_k: np.ndarray  # [S]: at least 1
@@ -82,7 +82,7 @@ class Sampler:
         """What rows ask for, and the indices of those whose constraint failed."""
         count, vocab = len(rows), self._vocab_size
         controls = _Controls(
-            seed=np.zeros(count, np.uint32),
+            seed=np.zeros((count, 2), np.uint32),
             step=np.zeros(count, np.int32),
             temperature=np.zeros(count, np.float32),
             top_k=np.full(count, vocab, np.int32),
@@ -110,7 +110,7 @@ def _needs_more_than_the_likeliest(row: Row) -> bool:
 def _fill(controls: _Controls, i: int, row: Row, sampling: Sampling) -> bool:
     """Writes what a row asks for at its index; False where its constraint failed."""
     vocab = controls.bias.shape[1]
-    controls.seed[i] = sampling.seed & 0xFFFF_FFFF
+    controls.seed[i] = sampling.seed & 0xFFFF_FFFF, sampling.seed >> 32 & 0xFFFF_FFFF
     controls.step[i] = len(row.history) - row.num_prompt
     controls.temperature[i] = sampling.temperature
     controls.top_k[i] = min(sampling.top_k or vocab, vocab)
@@ -196,7 +196,8 @@ def _draw(logits: Float[Array, " V"], c: _Controls) -> Int[Array, ""]:
     filtered = (c.top_k < p.shape[0]) | (c.top_p < 1)
     kept = jax.lax.cond(filtered, lambda: _filter(p, c), lambda: p > 0)
     kept &= p >= c.min_p * jnp.max(p)
-    noise = jax.random.gumbel(jax.random.fold_in(jax.random.key(c.seed), c.step), p.shape)
+    key = jax.random.fold_in(jax.random.key(c.seed[0]), c.seed[1])
+    noise = jax.random.gumbel(jax.random.fold_in(key, c.step), p.shape)
     return jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf))
 
 

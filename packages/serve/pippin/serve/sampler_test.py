@@ -87,6 +87,12 @@ def test_a_row_draws_the_same_whatever_the_others_ask_for():
         assert choose(_LOGITS[0], mine, row(other), row(other))[0] == alone
 
 
+def test_all_bits_of_a_seed_count():
+    seeds = [5, 5 + (1 << 32), 5 + (1 << 62)]
+    drawn = [[choose(0.0, row(Sampling(seed=s), [1] * n))[0].token for n in range(2, 12)] for s in seeds]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+
+
 def test_each_token_of_an_answer_is_drawn_anew():
     tokens = {choose(np.zeros(_V), row(Sampling(seed=5), history=[1] * (2 + i)))[0].token for i in range(20)}
     assert len(tokens) > 8

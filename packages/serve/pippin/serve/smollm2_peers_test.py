@@ -13,10 +13,33 @@ from pippin.serve.served_model import Message
 
 _FILE = Path(os.environ["RUNFILES_DIR"], "smollm2", "model.gguf")
 _MAX_TOKENS = 64
-_TOPICS = (
-    "apples|the moon|steam engines|chess|volcanoes|bread|the Roman Empire|bees|glaciers|jazz|electricity|the alphabet|"
-    "coral reefs|bicycles|the heart|maps|silk|earthquakes|coffee|the number zero|owls|bridges|the Nile|clouds|printing"
-).split("|")
+_TOPICS = [
+    "apples",
+    "the moon",
+    "steam engines",
+    "chess",
+    "volcanoes",
+    "bread",
+    "the Roman Empire",
+    "bees",
+    "glaciers",
+    "jazz",
+    "electricity",
+    "the alphabet",
+    "coral reefs",
+    "bicycles",
+    "the heart",
+    "maps",
+    "silk",
+    "earthquakes",
+    "coffee",
+    "the number zero",
+    "owls",
+    "bridges",
+    "the Nile",
+    "clouds",
+    "printing",
+]
 
 
 def test_greedy_answers_are_those_of_transformers(tmp_path):

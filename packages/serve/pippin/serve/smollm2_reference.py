@@ -25,7 +25,12 @@ def main(file, prompts, max_tokens):
         with torch.no_grad():
             # Nothing ends a text: each answer has all its tokens.
             written = model.generate(
-                ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+                ids,
+                attention_mask=mask,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
             )
         answers += written[:, longest:].tolist()
     return answers
