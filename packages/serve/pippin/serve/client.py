@@ -269,6 +269,7 @@ def _read(path: pathlib.Path) -> bytes:
 
 def main() -> int:
     """Runs the client; the result is the exit code."""
+    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))  # under bazel run: where the user typed it
     return run()
 
 

@@ -191,6 +191,7 @@ def open_backend(options: Options) -> Backend:
 
 def main() -> int:
     """Serves a model; the result is the exit code."""
+    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))  # under bazel run: where the user typed it
     return run(open_backend)
 
 
