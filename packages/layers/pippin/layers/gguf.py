@@ -17,7 +17,7 @@ from pippin.core.gguf_file import SUFFIX, GGUFFile, open_gguf
 from pippin.core.gguf_tokenizer import write_tokenizer
 from pippin.core.module import Params
 from pippin.layers.causal_lm_config import CausalLMConfig
-from pippin.layers.gguf_config import ROTATION, config_from_gguf
+from pippin.layers.gguf_architecture import ROTATION, config_from_gguf
 from pippin.layers.huggingface import read_params
 
 _LAYER, _THEIR_LAYER = "decoder.layer.", "blk.{}."

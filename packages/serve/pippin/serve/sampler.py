@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +36,19 @@ def compiler_options() -> dict[str, str]:
 class _Controls:
     """What each of S rows asks for."""
 
-    seed: np.ndarray  # [S, 2]: its lower and its upper 32 bits
-    step: np.ndarray  # [S]: tokens of the output so far
-    temperature: np.ndarray  # [S]
-    top_k: np.ndarray  # [S]: at least 1
-    top_p: np.ndarray  # [S]
-    min_p: np.ndarray  # [S]
-    repetition_penalty: np.ndarray  # [S]
-    wants_top: np.ndarray  # [S]: whether it is told the most likely tokens
-    seen: np.ndarray  # [S, V]: tokens that the repetition penalty is for
-    bias: np.ndarray  # [S, V]
-    allowed: np.ndarray  # [S, V / 32]: a bit for each token
+    # Any: JAX takes it apart, and puts it together again of what stands for arrays.
+
+    seed: Any  # [S, 2]: its lower and its upper 32 bits
+    step: Any  # [S]: tokens of the output so far
+    temperature: Any  # [S]
+    top_k: Any  # [S]: at least 1
+    top_p: Any  # [S]
+    min_p: Any  # [S]
+    repetition_penalty: Any  # [S]
+    wants_top: Any  # [S]: whether it is told the most likely tokens
+    seen: Any  # [S, V]: tokens that the repetition penalty is for
+    bias: Any  # [S, V]
+    allowed: Any  # [S, V / 32]: a bit for each token
 
 
 class Sampler:
@@ -69,7 +72,7 @@ class Sampler:
         if not any(_needs_more_than_the_likeliest(row) for row in asking):
             return [_told(row, token) for row, token in zip(rows, self._greedy(logits).tolist(), strict=True)]
         controls, failed = self._controls(rows)
-        sampled = jax.device_get(self._sample(logits, controls, self._num_top))
+        sampled = [a.tolist() for a in jax.device_get(self._sample(logits, controls, self._num_top))]
         results = [_told(row, *of_row) for row, *of_row in zip(rows, *sampled, strict=True)]
         return [_NONE if i in failed else result for i, result in enumerate(results)]
 
@@ -146,9 +149,8 @@ def _told(
     if row is None or row.sampling is None:
         return None
     if (count := row.sampling.logprobs) is None or token < 0:
-        return Sampled(int(token))
-    top = zip(top_ids[:count], top_logprobs[:count], strict=True)
-    return Sampled(int(token), float(logprob), tuple((int(i), float(p)) for i, p in top))
+        return Sampled(token)
+    return Sampled(token, logprob, tuple(zip(top_ids[:count], top_logprobs[:count], strict=True)))
 
 
 def _greedy(logits: Float[Array, "S V"]) -> Int[Array, " S"]:
@@ -215,7 +217,7 @@ def _filter(p: Float[Array, " V"], c: _Controls) -> Bool[Array, " V"]:
 def _largest(holds: Callable[[Array], Array]) -> Int[Array, ""]:
     """The largest t below the bits of 2.0 for which a condition holds that holds for 0 and up to some number."""
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low + high) // 2
         fits = holds(middle)

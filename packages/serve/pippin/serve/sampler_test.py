@@ -1,5 +1,6 @@
 """The sampler against distributions computed with NumPy, and what each control does to them."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ def row(sampling, history=(1, 2), num_prompt=1, constraint=None):
 def choose(logits, *rows):
     padded = np.zeros((4, _V), np.float32)
     padded[: len(rows)] = np.broadcast_to(logits, (len(rows), _V))
-    return _SAMPLER(padded, [*rows, *[None] * (4 - len(rows))])[: len(rows)]
+    return _SAMPLER(jnp.asarray(padded), [*rows, *[None] * (4 - len(rows))])[: len(rows)]
 
 
 def draws(logits, **sampling):
@@ -73,7 +74,7 @@ def test_filters_keep_what_they_should(sampling, kept):
 
 def test_temperature_zero_takes_the_most_likely():
     greedy = [row(Sampling(temperature=0.0, seed=i)) for i in range(4)]
-    assert [s.token for s in _SAMPLER(_LOGITS, greedy)] == _LOGITS.argmax(-1).tolist()
+    assert [s.token for s in _SAMPLER(jnp.asarray(_LOGITS), greedy)] == _LOGITS.argmax(-1).tolist()
 
 
 def test_a_row_draws_the_same_whatever_the_others_ask_for():
@@ -179,4 +180,4 @@ def test_logits_that_are_not_finite_give_no_token(value, sampling):
 
 
 def test_rows_that_ask_for_nothing_get_nothing():
-    assert _SAMPLER(_LOGITS, [None, row(None), None, None]) == [None] * 4
+    assert _SAMPLER(jnp.asarray(_LOGITS), [None, row(None), None, None]) == [None] * 4
