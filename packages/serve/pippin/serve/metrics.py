@@ -135,6 +135,8 @@ class _LoadCollector(Collector):
             "num_preemptions": ("Requests that gave up their turn.", load.preemptions),
             "prefix_cache_queries": ("Tokens of prompts.", load.prefix_queries),
             "prefix_cache_hits": ("Tokens of prompts that were in the cache.", load.prefix_hits),
+            "spec_decode_num_draft_tokens": ("Tokens that were guessed.", load.drafts),
+            "spec_decode_num_accepted_tokens": ("Tokens that were guessed rightly.", load.right_drafts),
         }
         for kind, metrics in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (text, value) in metrics.items():

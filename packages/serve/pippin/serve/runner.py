@@ -20,13 +20,11 @@ from pippin.layers.context import Cache
 from pippin.layers.kernel_paged_config import paged
 from pippin.layers.unrolled import unrolled, untied
 from pippin.serve.engine.request import Sampled
-from pippin.serve.engine.scheduler import Limits, Row
+from pippin.serve.engine.scheduler import Limits, Row, doublings
 from pippin.serve.sampler import Sampler, compiler_options
 
-# The least and the most rows of a program for answers, and the least for prompts. A matrix product on a CPU sums in
-# another order for one row, for one to three, and for more than 32: the same token would differ in the last bits.
-_LEAST_ANSWERS, _MOST_ANSWERS, _LEAST_CHUNK_TOKENS = 4, 32, 64
-
+# The least tokens of a program for prompts: from 36 on, products on a CPU sum in one order (see `Limits.answer_rows`).
+_LEAST_CHUNK_TOKENS = 64
 
 _COMPILING_THREADS = 2  # the compiler itself has more
 
@@ -38,6 +36,13 @@ class _Piece:
     row: Row
     start: int  # in the tokens of the row
     stop: int
+
+    def asking(self) -> Row | None:
+        """What the token behind it is chosen for: none, unless it ends with the history or a draft."""
+        num_drafts = self.stop - (len(self.row.tokens) - len(self.row.drafts))
+        if num_drafts == 0:
+            return self.row
+        return self.row.after(num_drafts) if num_drafts > 0 else None
 
 
 class ModelRunner:
@@ -68,21 +73,21 @@ class ModelRunner:
         self._cache = None  # before the new one: two may not fit
         self._cache = self._empty(self._params)
 
-    def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
+    def run(self, rows: Sequence[Row]) -> list[list[Sampled]]:
         """Computes a step; see `pippin.serve.engine.engine.Runner`."""
         computed = [(pieces, self._compute(pieces, shape)) for pieces, shape in self._split(rows)]
-        sampled: dict[str, Sampled | None] = {}  # request_id -> what follows its last token
+        sampled: dict[str, list[Sampled]] = {row.request_id: [] for row in rows}
         for pieces, logits in computed:
-            last = [piece.row if piece.stop == len(piece.row.tokens) else None for piece in pieces]
-            last += [None] * (logits.shape[0] - len(last))
-            results = zip(last, self._sampler(logits, last), strict=True)
-            sampled |= {row.request_id: result for row, result in results if row is not None}
+            asking = [piece.asking() for piece in pieces] + [None] * (logits.shape[0] - len(pieces))
+            for row, result in zip(asking, self._sampler(logits, asking), strict=True):
+                if row is not None and result is not None:
+                    sampled[row.request_id].append(result)
         return [sampled[row.request_id] for row in rows]
 
     def shapes(self) -> list[tuple[int, int]]:
         """Rows and tokens a row of all programs."""
         return [
-            *((count, 1) for count in self._answer_counts()),
+            *((count, 1) for count in self.limits.answer_rows),
             *((n, self.limits.row_tokens) for n in self._chunk_counts()),
         ]
 
@@ -109,19 +114,16 @@ class ModelRunner:
                 self._sampler.warm_up(self._compute([], shape))
                 told(shape, seconds)
 
-    def _answer_counts(self) -> list[int]:
-        return _doublings(_LEAST_ANSWERS, min(self.limits.max_requests, _MOST_ANSWERS))
-
     def _chunk_counts(self) -> list[int]:
         size = self.limits.row_tokens
-        return _doublings(-(-_LEAST_CHUNK_TOKENS // size), self.limits.chunk_tokens // size)
+        return doublings(-(-_LEAST_CHUNK_TOKENS // size), self.limits.chunk_tokens // size)
 
     def _split(self, rows: Sequence[Row]) -> Iterator[tuple[list[_Piece], tuple[int, int]]]:
         """What each program computes, and its shape."""
         size = self.limits.row_tokens
         for counts, tokens, chosen in (
             (self._chunk_counts(), size, [row for row in rows if row.is_prompt]),
-            (self._answer_counts(), 1, [row for row in rows if not row.is_prompt]),
+            (self.limits.answer_rows, 1, [row for row in rows if not row.is_prompt]),
         ):
             pieces = [
                 _Piece(row, start, min(start + tokens, len(row.tokens)))
@@ -176,11 +178,3 @@ def _step(
     model = merge(definition, params)
     logits, cache = model.extend_at(tokens, positions, assign_pages(cache, tables), read)
     return logits, assign_pages(cache, tables[:1])  # as it came in, so that its memory is used again
-
-
-def _doublings(first: int, most: int) -> list[int]:
-    """Powers of two times the first, up to one that is no less than the most."""
-    counts = [first]
-    while counts[-1] < most:
-        counts.append(2 * counts[-1])
-    return counts

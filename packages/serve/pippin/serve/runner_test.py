@@ -1,5 +1,6 @@
 """The runner: the model's own greedy answers, whatever is served beside them, and in the same bits."""
 
+import dataclasses
 import functools
 import queue
 
@@ -128,6 +129,15 @@ def test_an_answer_is_the_same_when_pages_ran_out_and_it_was_computed_again():
     assert free == scarce
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.4, "frequency_penalty": 0.1}])
+def test_drafts_change_no_answer(sampling):
+    plain = Limits(**{**dataclasses.asdict(_LIMITS), "max_drafts": 0})
+    requests = [_request(i, max_tokens=40, logprobs=1, **sampling) for i in range(3)]
+    # A text that repeats itself: there is much to guess.
+    requests = [dataclasses.replace(r, prompt=(*r.prompt[:8], *(7, 8, 9) * 4)) for r in requests]
+    assert _serve(_TINY, requests) == _serve(_TINY, requests, plain)
+
+
 def test_logits_of_wide_layers_have_the_same_bits_in_every_batch():
     runner, rng = _runner(_WIDE), np.random.default_rng(1)
     texts = [rng.integers(0, 512, 60).tolist() for _ in range(32)]
@@ -137,7 +147,7 @@ def test_logits_of_wide_layers_have_the_same_bits_in_every_batch():
         return Row(str(i), texts[i][start:stop], start, pages[i], _GREEDY, texts[i][:stop], 48, None)
 
     def logprobs(rows):
-        return {row.request_id: one for row, one in zip(rows, runner.run(rows), strict=True)}
+        return {row.request_id: one for row, (one,) in zip(rows, runner.run(rows), strict=True)}
 
     alone = logprobs([row(0, 0, 48)])["0"], logprobs([row(0, 48, 49)])["0"]
     # A prompt in two parts, beside others, and its answer in batches of any size.
@@ -153,7 +163,7 @@ _GREEDY = Sampling(temperature=0.0, logprobs=20)
 
 def test_a_step_without_rows_that_ask_gives_no_tokens():
     row = Row("r", [1, 2, 3], 0, [0], None, [1, 2, 3, 4], 4, None)
-    assert _runner(_TINY).run([row]) == [None]
+    assert _runner(_TINY).run([row]) == [[]]
 
 
 def test_a_row_whose_logits_are_not_finite_has_no_token_and_others_do():
@@ -165,7 +175,7 @@ def test_a_row_whose_logits_are_not_finite_has_no_token_and_others_do():
     runner._params["head"]["weight"] = jnp.asarray(np.array(_model(cfg)[1]["embedding"]["weight"]).T)
     greedy = Sampling(temperature=0.0)
     rows = [Row(n, [t], 0, [p], greedy, [t], 1, None) for n, t, p in (("bad", 7, 0), ("good", 8, 1))]
-    bad, good = runner.run(rows)
+    (bad,), (good,) = runner.run(rows)
     assert bad.token == -1 and good.token >= 0
 
 

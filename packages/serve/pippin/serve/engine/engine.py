@@ -24,8 +24,12 @@ OnOutput = Callable[[Output], None]
 class Runner(Protocol):
     """Who computes: the model and its cache."""
 
-    def run(self, rows: Sequence[Row]) -> Sequence[Sampled | None]:
-        """Computes the keys and values of all rows, and the next token of those that ask for one."""
+    def run(self, rows: Sequence[Row]) -> Sequence[Sequence[Sampled]]:
+        """Computes the keys and values of all rows.
+
+        The result is what follows each row that asks for it: behind its history, and behind each of its drafts as if
+        all before were right.
+        """
         ...
 
     def reset(self) -> None:
@@ -57,6 +61,8 @@ class Load:
     prefix_hits: int  # tokens
     draining: bool
     stalled: bool
+    drafts: int = 0  # tokens that were guessed
+    right_drafts: int = 0  # and guessed rightly
 
 
 class _Stream:
@@ -155,6 +161,8 @@ class Engine:
                 scheduler.prefix_hits,
                 self._draining,
                 stalled,
+                scheduler.num_drafts,
+                scheduler.num_right_drafts,
             )
 
     def drain(self) -> None:
@@ -219,9 +227,6 @@ class Engine:
             self._progress = now
             rate = num_tokens / max(now - start, 1e-6)
             self._tokens_per_s = rate if not self._tokens_per_s else 0.9 * self._tokens_per_s + 0.1 * rate
-            self._scheduler.update(
-                rows, [s.token if s is not None and s.token >= 0 else None for s in sampled]
-            )
             self._clear_suspect(rows)
             gaps = self._advance(rows, sampled, now)
         self._deliver()
@@ -229,29 +234,40 @@ class Engine:
             self.observer.on_step(num_tokens, len(rows), now - start)
             self.observer.on_tokens(gaps)
 
-    def _advance(self, rows: Sequence[Row], sampled: Sequence[Sampled | None], now: float) -> list[float]:
-        """Tells each request its token. The result: how long after the one before each came, in seconds."""
+    def _advance(self, rows: Sequence[Row], sampled: Sequence[Sequence[Sampled]], now: float) -> list[float]:
+        """Tells each request its tokens. The result: how long after the one before each came, in seconds."""
         gaps = []
-        for row, one in zip(rows, sampled, strict=True):
+        for row, of_row in zip(rows, sampled, strict=True):
             generation = self._scheduler.get(row.request_id)
-            if one is None or generation is None:
-                continue
-            if one.token < 0:
-                _log.error("request %s failed: it has no next token", row.request_id)
-                self._end(row.request_id, FinishReason.FAILED)
-                continue
-            if generation.first_token is None:
-                generation.first_token = now
-                if self.observer is not None:
-                    self.observer.on_first_token(generation.request, now - generation.arrived)
-            else:
-                gaps.append(now - generation.last_token)
-            generation.last_token = now
-            try:
-                self._output(generation, one)
-            except Exception:  # noqa: BLE001  its constraint may be at fault, and nobody else is
-                _log.exception("request %s failed at a token", row.request_id)
-                self._end(row.request_id, FinishReason.FAILED)
+            if generation is None:
+                continue  # it ended meanwhile
+            tokens = row.accepted(of_row, lambda one: one.token)
+            self._scheduler.update(row, [one.token for one in tokens if one.token >= 0])
+            for one in tokens:
+                if row.request_id in self._streams:  # a token before may have ended it
+                    gaps += self._next_token(generation, one, now)
+        return gaps
+
+    def _next_token(self, generation: Generation, sampled: Sampled, now: float) -> list[float]:
+        request_id = generation.request.request_id
+        if sampled.token < 0:
+            _log.error("request %s failed: it has no next token", request_id)
+            self._end(request_id, FinishReason.FAILED)
+            return []
+        gaps = []
+        if generation.first_token is None:
+            generation.first_token = now
+            if self.observer is not None:
+                self.observer.on_first_token(generation.request, now - generation.arrived)
+        else:
+            gaps.append(now - generation.last_token)
+        generation.last_token = now
+        generation.num_told += 1
+        try:
+            self._output(generation, sampled)
+        except Exception:  # noqa: BLE001  its constraint may be at fault, and nobody else is
+            _log.exception("request %s failed at a token", request_id)
+            self._end(request_id, FinishReason.FAILED)
         return gaps
 
     def _output(self, generation: Generation, sampled: Sampled) -> None:
@@ -269,7 +285,7 @@ class Engine:
             reason = FinishReason.STOP
         if reason is None and complete:
             reason = FinishReason.STOP
-        elif reason is None and generation.num_output >= request.max_tokens:
+        elif reason is None and generation.num_told >= request.max_tokens:
             reason = FinishReason.LENGTH
         if stream.text is not None:
             text, tokens = stream.text.take(last=reason is not None)
@@ -333,4 +349,4 @@ class Engine:
 
 
 def _usage(generation: Generation) -> Usage:
-    return Usage(len(generation.request.prompt), generation.num_cached, generation.num_output)
+    return Usage(len(generation.request.prompt), generation.num_cached, generation.num_told)

@@ -1,11 +1,16 @@
 """Which tokens of which requests a step computes. There is no phase: any step computes prompts and answers."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from pippin.serve.engine.drafter import Drafter
 from pippin.serve.engine.page_pool import PagePool, prefix_keys
 from pippin.serve.engine.request import Constraint, Request, Sampling
 from pippin.serve.engine.waiting import WaitingQueue
+
+# The least and the most rows of a program for answers. A matrix product on a CPU sums in another order for one row, for
+# one to three, and for more than 32: the same token would differ in the last bits.
+_LEAST_ANSWER_ROWS, _MOST_ANSWER_ROWS = 4, 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +26,7 @@ class Limits:
     # Whether prompts begin with pages of answers, too. Their numbers differ in the last bits from those of a prompt, so
     # that an answer would depend on what was served before.
     reuse_answers: bool = False
+    max_drafts: int = 4  # guesses of an answer's next tokens in a step; 0: none
     aging_s: float = 10.0  # who waits so long is as urgent as who came now with a priority higher by one
 
     @property
@@ -29,24 +35,50 @@ class Limits:
         held = self.num_pages * self.page_size
         return held if self.longest is None else min(held, self.longest)
 
+    @property
+    def answer_rows(self) -> list[int]:
+        """How many tokens of answers programs are made for: a step takes the time of the next larger one."""
+        return doublings(_LEAST_ANSWER_ROWS, min(self.max_requests, _MOST_ANSWER_ROWS))
+
+
+def doublings(first: int, most: int) -> list[int]:
+    """Powers of two times the first, up to one that is no less than the most."""
+    counts = [first]
+    while counts[-1] < most:
+        counts.append(2 * counts[-1])
+    return counts
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """Tokens of one request that a step computes."""
 
     request_id: str
-    tokens: Sequence[int]
+    tokens: Sequence[int]  # the last ones are drafts
     position: int  # of the first
     pages: Sequence[int]  # of the text, from its start to the last of the tokens
     sampling: Sampling | None  # how to choose the token that follows; None: there is more of the text already
     history: Sequence[int]  # prompt and output so far
     num_prompt: int  # of these are the prompt
     constraint: Constraint | None
+    drafts: Sequence[int] = ()  # guesses of what follows the history
 
     @property
     def is_prompt(self) -> bool:
         """Whether the tokens are of a prompt. Those of an answer are always computed apart from these."""
         return self.position < self.num_prompt
+
+    def after(self, num_drafts: int) -> "Row":
+        """What is asked for behind some of the drafts, taken for right."""
+        return dataclasses.replace(self, history=[*self.history, *self.drafts[:num_drafts]])
+
+    def accepted[T](self, chosen: Sequence[T], token: Callable[[T], int]) -> Sequence[T]:
+        """Of what was chosen behind the history and behind each draft: as many as drafts were right, and one more.
+
+        A token is chosen behind right drafts exactly as it would have been without: drafts change no answer.
+        """
+        wrong = (i for i, draft in enumerate(self.drafts) if token(chosen[i]) != draft)
+        return chosen[: next(wrong, len(self.drafts)) + 1]
 
 
 class Generation:
@@ -64,6 +96,8 @@ class Generation:
         self.scheduled: float | None = None  # when it first was
         self.first_token: float | None = None  # when it came
         self.last_token = arrived  # when the newest came
+        self.num_told = 0  # tokens of output that the caller was told, or that ended it
+        self.drafter = Drafter()
 
     @property
     def num_output(self) -> int:
@@ -91,6 +125,8 @@ class Scheduler:
         self.num_preemptions = 0
         self.prefix_queries = 0  # tokens of prompts that were looked for
         self.prefix_hits = 0  # and found
+        self.num_drafts = 0
+        self.num_right_drafts = 0
         self._generations: dict[str, Generation] = {}  # request_id -> generation
         self._number = 0
 
@@ -152,18 +188,17 @@ class Scheduler:
             else:
                 spare -= count - 1
         # One that has a row may have given up its turn to one that was assigned later.
-        return [row for row in rows if row.request_id in self.running]
+        return self._with_drafts([row for row in rows if row.request_id in self.running])
 
-    def update(self, rows: Sequence[Row], tokens: Sequence[int | None]) -> None:
-        """Tells what a step computed: for each row the token that follows it, where there is one."""
-        for row, token in zip(rows, tokens, strict=True):
-            generation = self.running.get(row.request_id)
-            if generation is None:
-                continue  # it ended meanwhile
-            generation.num_computed += len(row.tokens)
-            self._remember(generation, row.position // self.limits.page_size)
-            if token is not None:
-                generation.tokens.append(token)
+    def update(self, row: Row, tokens: Sequence[int]) -> None:
+        """Tells what a step computed of a request that is served: the tokens that follow, as many as are right."""
+        generation = self.running[row.request_id]
+        right = max(0, len(tokens) - 1)  # of the drafts
+        self.num_drafts += len(row.drafts)
+        self.num_right_drafts += right
+        generation.num_computed += len(row.tokens) - len(row.drafts) + right
+        generation.tokens += tokens
+        self._remember(generation, row.position // self.limits.page_size)
 
     def reset(self) -> None:
         """All that pages hold is lost: each request is computed again."""
@@ -184,6 +219,29 @@ class Scheduler:
             len(request.prompt),
             request.constraint,
         )
+
+    def _with_drafts(self, rows: list[Row]) -> list[Row]:
+        """The rows with drafts for those answers whose next tokens can be guessed, as many as cost nothing.
+
+        A step's program has more rows than there are answers: drafts fill what would be padding.
+        """
+        count = sum(len(row.tokens) for row in rows if not row.is_prompt)
+        free = next((n for n in self.limits.answer_rows if n >= count), count) - count
+        drafted = []
+        for row in rows:
+            generation = self.running[row.request_id]
+            if row.sampling is None or row.is_prompt or row.constraint is not None:
+                most = 0
+            else:
+                room = len(generation.pages) * self.limits.page_size - row.position - len(row.tokens)
+                left = generation.request.max_tokens - generation.num_output - 1
+                most = min(free, self.limits.max_drafts, left, room)
+            drafts = generation.drafter.guess(generation.tokens, most) if most > 0 else []
+            free -= len(drafts)
+            drafted.append(
+                dataclasses.replace(row, tokens=[*row.tokens, *drafts], drafts=drafts) if drafts else row
+            )
+        return drafted
 
     def _reserve(self, generation: Generation, num_tokens: int) -> bool:
         """Gives a text the pages for so many tokens; False where it had to give up its turn."""

@@ -49,9 +49,9 @@ traces = st.integers(1, 12).flatmap(lambda n: st.tuples(*(_arrivals(i) for i in 
 class World:
     """A scheduler and a runner, step by step, with what must hold checked at each."""
 
-    def __init__(self, limits=LIMITS):
+    def __init__(self, limits=LIMITS, letters=26):
         self.limits = limits
-        self.scheduler, self.runner = Scheduler(limits), FakeRunner(limits)
+        self.scheduler, self.runner = Scheduler(limits), FakeRunner(limits, letters)
         self.done = {}  # request_id -> output
         self.now = 0.0
 
@@ -60,8 +60,8 @@ class World:
         rows = self.scheduler.schedule(self.now)
         self.check(rows)
         sampled = self.runner.run(rows)  # which checks that the pages hold the texts
-        self.scheduler.update(rows, [None if s is None else s.token for s in sampled])
-        for row in rows:
+        for row, of_row in zip(rows, sampled, strict=True):
+            self.scheduler.update(row, row.accepted([one.token for one in of_row], lambda token: token))
             generation = self.scheduler.get(row.request_id)
             if generation.num_output >= generation.request.max_tokens:
                 self.done[row.request_id] = generation.tokens[len(generation.request.prompt) :]
@@ -78,7 +78,9 @@ class World:
         assert len({row.request_id for row in rows}) == len(rows)
         chunk = sum(-(-len(row.tokens) // limits.row_tokens) for row in rows if row.is_prompt)
         assert chunk <= limits.chunk_tokens // limits.row_tokens
-        assert sum(len(row.tokens) for row in rows if not row.is_prompt) <= limits.max_requests
+        answers = [row for row in rows if not row.is_prompt]
+        assert sum(len(row.tokens) - len(row.drafts) for row in answers) <= limits.max_requests
+        assert sum(len(row.tokens) for row in answers) <= max(limits.answer_rows)
         assert all(row.position + len(row.tokens) <= row.num_prompt for row in rows if row.is_prompt)
         written = collections.Counter(
             row.pages[position // limits.page_size]
@@ -96,7 +98,7 @@ class World:
 @settings(max_examples=300, deadline=None)
 @given(traces)
 def test_every_trace_ends_with_every_request_answered_as_if_alone(trace):
-    world, cancelled = World(), set()
+    world, cancelled = World(letters=2), set()  # of two letters, half of what is guessed is right
     for step in range(2000):
         for arrival in trace:
             request_id = arrival.request.request_id
@@ -114,7 +116,7 @@ def test_every_trace_ends_with_every_request_answered_as_if_alone(trace):
     for arrival in trace:
         request = arrival.request
         if request.request_id not in cancelled:
-            assert world.done[request.request_id] == answer(request.prompt, request.max_tokens)
+            assert world.done[request.request_id] == answer(request.prompt, request.max_tokens, letters=2)
 
 
 def test_prompt_and_answers_share_a_step():
@@ -195,6 +197,29 @@ def test_an_answer_is_the_beginning_of_a_prompt_only_if_it_may_be(reuse, hits):
     world.scheduler.add(make_request("second", conversation, 1), 0.0)
     world.step()
     assert world.scheduler.prefix_hits == hits
+
+
+@pytest.mark.parametrize(("most", "steps"), [(0, 60), (4, 50)])
+def test_drafts_save_steps_and_change_no_answer(most, steps):
+    world = World(dataclasses.replace(LIMITS, num_pages=40, max_drafts=most), letters=2)
+    world.scheduler.add(make_request("r", b"ab", 60), 0.0)
+    count = 0
+    while world.scheduler.generations():
+        world.step()
+        count += 1
+    assert world.done["r"] == answer(b"ab", 60, letters=2)
+    assert count <= steps
+    assert (world.scheduler.num_right_drafts > 10) == (most > 0)
+    assert world.scheduler.num_right_drafts <= world.scheduler.num_drafts
+
+
+def test_drafts_take_only_rows_that_would_be_padding():
+    world = World(dataclasses.replace(LIMITS, num_pages=60, max_requests=8), letters=2)
+    for i in range(4):
+        world.scheduler.add(make_request(str(i), b"ab" * 3, 20), 0.0)
+    while world.scheduler.generations():
+        rows = [row for row in world.step() if not row.is_prompt]
+        assert sum(len(row.tokens) for row in rows) <= (4 if len(rows) <= 4 else 8)
 
 
 def test_preemption_for_want_of_pages_loses_nothing():

@@ -15,11 +15,11 @@ def token_bytes(token: int) -> bytes:
     return bytes([token])
 
 
-def answer(prompt: Sequence[int], count: int, seed: int = 0) -> list[int]:
-    """What the FakeRunner continues a prompt with: letters."""
+def answer(prompt: Sequence[int], count: int, seed: int = 0, letters: int = 26) -> list[int]:
+    """What the FakeRunner continues a prompt with: letters, of the first ones of the alphabet."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(_next(tokens, seed))
+        tokens.append(_next(tokens, seed, letters))
     return tokens[len(prompt) :]
 
 
@@ -29,8 +29,8 @@ class FakeRunner:
     Set `hold` to make steps wait, and put the ids of requests into `broken` to make their steps fail.
     """
 
-    def __init__(self, limits: Limits):
-        self.limits = limits
+    def __init__(self, limits: Limits, letters: int = 26):
+        self.limits, self.letters = limits, letters
         self.steps: list[list[Row]] = []
         self.broken: set[str] = set()
         self.hold = threading.Event()
@@ -40,7 +40,7 @@ class FakeRunner:
     def reset(self) -> None:
         self._pages = [[-1] * self.limits.page_size for _ in range(self.limits.num_pages)]
 
-    def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
+    def run(self, rows: Sequence[Row]) -> list[list[Sampled]]:
         """See `Runner`."""
         self.hold.wait()
         self.steps.append(list(rows))
@@ -51,13 +51,18 @@ class FakeRunner:
                 self._pages[row.pages[i // self.limits.page_size]][i % self.limits.page_size] = token
         return [self._sample(row) for row in rows]
 
-    def _sample(self, row: Row) -> Sampled | None:
+    def _sample(self, row: Row) -> list[Sampled]:
         held = [token for page in row.pages for token in self._pages[page]]
-        end = row.position + len(row.tokens)
-        assert held[:end] == list(row.history[:end]), f"the pages of {row.request_id} hold another text"
-        return None if row.sampling is None else Sampled(_next(row.history, row.sampling.seed))
+        text, end = [*row.history, *row.drafts], row.position + len(row.tokens)
+        assert held[:end] == text[:end], f"the pages of {row.request_id} hold another text"
+        if row.sampling is None:
+            return []
+        return [
+            Sampled(_next(row.after(n).history, row.sampling.seed, self.letters))
+            for n in range(len(row.drafts) + 1)
+        ]
 
 
-def _next(tokens: Sequence[int], seed: int) -> int:
+def _next(tokens: Sequence[int], seed: int, letters: int) -> int:
     digest = hashlib.blake2b(f"{seed} {list(tokens)}".encode(), digest_size=2).digest()
-    return ord("a") + int.from_bytes(digest) % 26
+    return ord("a") + int.from_bytes(digest) % letters
