@@ -89,7 +89,8 @@ def _grammar(spec: ConstraintSpec) -> str:
         case JsonSchema(schema):
             # Without bounds on white space, a model may write nothing else.
             return llguidance.LLMatcher.grammar_from_json_schema(
-                schema, overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+                schema,
+                overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
             )
         case Regex(pattern):
             return llguidance.LLMatcher.grammar_from_regex(pattern)

@@ -81,7 +81,9 @@ def open_served(path: Path, sizes: Sizes, queue: QueueLimits, name: str | None =
     bundle = open_model(path)
     cfg = bundle.component
     if not isinstance(cfg, CausalLMConfig):
-        raise CheckpointError(f"{path} holds a {type(cfg).__name__}, which is no language model. Give another.")
+        raise CheckpointError(
+            f"{path} holds a {type(cfg).__name__}, which is no language model. Give another."
+        )
     tokenizer = None if bundle.tokenizer is None else load_tokenizer(bundle.tokenizer)
     cfg, params = _in_served_dtype(cfg, bundle.params())
     clock.log("weights and tokenizer")
