@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from pippin.core.errors import ConfigError
+from pippin.serve.http.http_limits import HttpLimits
 from pippin.serve.request_limits import RequestLimits
 
 
@@ -32,6 +33,7 @@ class Options:
     withdraw_s: float = 2.0
     grace_s: float = 60.0
     limits: RequestLimits = dataclasses.field(default_factory=RequestLimits)
+    http_limits: HttpLimits = dataclasses.field(default_factory=HttpLimits)
 
     @property
     def address(self) -> str:

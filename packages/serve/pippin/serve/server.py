@@ -132,9 +132,10 @@ async def start(options: Options, backend: Backend) -> Server:
             known,
             checks.is_serving,
             metrics.registry,
+            options.http_limits,
             local_only=is_local(options.http_address),
         )
-        http = await open_http(app, options.http_address, tls, _FLUSH_S)
+        http = await open_http(app, options.http_address, tls, _FLUSH_S, options.http_limits)
     return Server(
         engine,
         frontend,

@@ -79,7 +79,10 @@ class ChatAnswer(Answer):
 
     def _rest(self, output: Output) -> Json:
         told = [self._logprob(s.token, s.logprob, s) for s in output.tokens if s.logprob is not None]
-        return {"logprobs": {"content": told, "refusal": None} if told else None, "finish_reason": _reason(output)}
+        return {
+            "logprobs": {"content": told, "refusal": None} if told else None,
+            "finish_reason": _reason(output),
+        }
 
     def _logprob(self, token: int, logprob: float, sampled: Sampled | None = None) -> Json:
         data = self._token_bytes(token)

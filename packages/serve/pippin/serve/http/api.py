@@ -109,7 +109,9 @@ class OpenAIApi:
         async with contextlib.AsyncExitStack() as stack:
             for generation in generations:
                 await stack.enter_async_context(generation)
-            outputs = [output for found in await asyncio.gather(*map(collect, generations)) for output in found]
+            outputs = [
+                output for found in await asyncio.gather(*map(collect, generations)) for output in found
+            ]
         for output in outputs:
             assert output.finish_reason is not None, "the last output"
             if output.finish_reason not in _SUCCESS:

@@ -36,9 +36,9 @@ def make_app(
     identities: Identities,
     is_serving: Callable[[], bool],
     registry: CollectorRegistry,
+    limits: HttpLimits,
     *,
     local_only: bool,
-    limits: HttpLimits = HttpLimits(),
 ) -> ASGIApp:
     """The application. The page's files are anybody's, all else needs a caller who is known."""
     routes = [

@@ -29,9 +29,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 class Fields:
     """Takes the fields of a JSON object one by one, and gathers what is wrong with them. Null is no value."""
 
-    def __init__(
-        self, values: Mapping[str, Any], violations: list[Violation] | None = None, path: str = ""
-    ):
+    def __init__(self, values: Mapping[str, Any], violations: list[Violation] | None = None, path: str = ""):
         self.violations: list[Violation] = [] if violations is None else violations
         self.path = path
         self._left = {name: value for name, value in values.items() if value is not None}
@@ -86,7 +84,7 @@ class Fields:
         for name, value in self._left.items():
             if name in harmless or any(value == v and type(value) is type(v) for v in nothing.get(name, ())):
                 continue
-            rule = "is not supported by this server" if name in nothing else "is no field that this server knows"
+            rule = (
+                "is not supported by this server" if name in nothing else "is no field that this server knows"
+            )
             self.wrong(name[:_MAX_NAME], f"{rule}. Leave it out.")
-
-

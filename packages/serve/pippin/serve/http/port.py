@@ -27,6 +27,11 @@ class HttpPort:
     def __init__(self, server: uvicorn.Server, task: asyncio.Task[None], address: str):
         self._server, self._task, self.address = server, task, address
 
+    @property
+    def num_connections(self) -> int:
+        """That are open."""
+        return len(self._server.server_state.connections)
+
     async def stop(self) -> None:
         """Takes no more connections, and ends when what is being told is told, or after the time for that."""
         self._server.should_exit = True
@@ -34,7 +39,7 @@ class HttpPort:
 
 
 async def open_port(
-    app: ASGIApp, address: str, tls: TlsFiles | None, flush_s: float, limits: HttpLimits = HttpLimits()
+    app: ASGIApp, address: str, tls: TlsFiles | None, flush_s: float, limits: HttpLimits
 ) -> HttpPort:
     """A server that answers at HOST:PORT; `flush_s`: how long its last words may take.
 
@@ -116,7 +121,9 @@ class _Protocol(H11Protocol):
 def _listen(address: str, limits: HttpLimits) -> socket.socket:
     host, _, port = address.rpartition(":")
     try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
         family, kind, protocol, _, where = found[0]
         listener = socket.socket(family, kind, protocol)
     except (OSError, ValueError):
@@ -153,7 +160,5 @@ def _context(files: TlsFiles) -> ssl.SSLContext:
 def _certificate_names(transport: asyncio.BaseTransport) -> Sequence[str]:
     """The names in the certificate of the other side: its common name, then the others."""
     certificate = transport.get_extra_info("peercert") or {}
-    common = [
-        value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"
-    ]
+    common = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
     return [*common, *(value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS")]

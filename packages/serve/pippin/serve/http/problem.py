@@ -116,9 +116,7 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, UnfinishedError):
         status, code, message = _FINISHES[error.reason]
         stops = error.reason is FinishReason.SHUTDOWN
-        return Problem(
-            status, message, code=code, headers=_retry_after(_RETRY_STOPPING_S) if stops else None
-        )
+        return Problem(status, message, code=code, headers=_retry_after(_RETRY_STOPPING_S) if stops else None)
     if type(error) not in _ERRORS:
         error_id = secrets.token_hex(8)
         _log.error("error %s", error_id, exc_info=error)

@@ -128,11 +128,15 @@ def completion_question(values: Mapping[str, Any]) -> Question:
                 one.token_ids.ids.extend(prompt)
                 one.token_ids.SetInParent()
         except ValueError:
-            fields.wrong("prompt" if len(requests) == 1 else f"prompt[{i}]", "holds an id that is out of range")
+            fields.wrong(
+                "prompt" if len(requests) == 1 else f"prompt[{i}]", "holds an id that is out of range"
+            )
     names = {"text": "prompt", "token_ids.ids": "prompt"}
     question = _question(fields, request, requests, names)
     if len(requests) > 1 and question.stream:
-        raise InvalidRequestError([Violation("stream", "needs a single prompt. Send each as a request of its own.")])
+        raise InvalidRequestError(
+            [Violation("stream", "needs a single prompt. Send each as a request of its own.")]
+        )
     return question
 
 
@@ -241,7 +245,9 @@ def _constraint(fields: Fields, request: pb.GenerateRequest) -> dict[str, str]:
     outputs.finish({}, frozenset())
     given = request.WhichOneof("constraint")
     theirs = {"json_schema": "json", "choice": "choice"}.get(given or "", given)
-    return {f"{given}.choices" if given == "choice" else given: f"structured_outputs.{theirs}"} if given else {}
+    return (
+        {f"{given}.choices" if given == "choice" else given: f"structured_outputs.{theirs}"} if given else {}
+    )
 
 
 def _include_usage(fields: Fields, stream: bool) -> bool:

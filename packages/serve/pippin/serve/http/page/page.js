@@ -118,7 +118,9 @@ async function send(event) {
     }
   }
   const said = turn.querySelector("p").textContent;
-  if (said) {
+  if (!turn.isConnected) {
+    // Cleared meanwhile.
+  } else if (said) {
     turns.push({ role: "assistant", content: said });
   } else {
     turns.pop(); // nothing was answered: the next message stands alone
