@@ -26,10 +26,9 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def from_node(address: str, request: dict[str, object]) -> list[dict]:
-    modules = (RUNFILES / "grpc_js/package-lock.json").resolve().parent / "node_modules"
     script = str(RUNFILES / "pippin_repo/tests/e2e/grpc_js/generate.js")
     command = [sys.executable, "-c", NODE, script, str(PROTO_ROOT), address, json.dumps(request)]
-    done = run(*command, NODE_PATH=str(modules))
+    done = run(*command, NODE_PATH=str(RUNFILES / "grpc_js/node_modules"))
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -75,7 +74,7 @@ def test_grpcurl_finds_its_way_through_reflection():
         events.append(event)
         out = out[end:]
     assert "".join(e["delta"].get("text", "") for e in events if "delta" in e) == TEXT
-    assert events[-1]["finished"]["finishReason"] == "FINISH_REASON_LENGTH"
+    assert events[-1]["finished"]["finish_reason"] == "FINISH_REASON_LENGTH"
     assert json.loads(health) == {"status": "SERVING"}
 
 

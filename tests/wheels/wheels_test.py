@@ -23,6 +23,10 @@ SCRIPTS = {
         "pippin-convert": "packages/layers/pippin/layers/convert",
         "pippin-fetch": "packages/layers/pippin/layers/fetch",
     },
+    "pippin-serve": {
+        "pippin-client": "packages/serve/pippin/serve/client",
+        "pippin-serve": "packages/serve/pippin/serve/server",
+    },
     "pippin-train": {
         "pippin-train": "packages/train/pippin/train/launch",
         "pippin-compile": "packages/train/pippin/train/compile",

@@ -84,6 +84,10 @@ def tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
             f"{file.path}: tokenizer.ggml.model is {model[:80]!r}, which is not supported: it must be 'gpt2' "
             "(byte-level BPE) or 'llama' (SentencePiece). Choose another model."
         )
+    # Goes with the tokenizer, as in folders of Hugging Face: how long texts may be.
+    longest = file.integer(f"{file.text('general.architecture', '')}.context_length", 0)
+    if longest > 0:
+        files["config.json"] = _json({"max_position_embeddings": longest})
     return files | {
         "tokenizer_config.json": _json(config),
         "generation_config.json": _json({"eos_token_id": sorted(ends)}),

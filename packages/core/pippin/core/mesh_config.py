@@ -135,8 +135,14 @@ class MeshConfig(Config):
     def make(
         self,
         devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+        *,
+        process_is_slice: bool | None = None,
     ) -> jax.sharding.Mesh:
         """The mesh over some devices, by default all.
+
+        Args:
+            devices: JAX's.
+            process_is_slice: whether the devices of a process are a slice; None: as JAX has it, but of CPUs they are.
 
         Raises:
             ShardingError: the sizes do not divide the devices.
@@ -146,7 +152,8 @@ class MeshConfig(Config):
         devices = list(jax.devices() if devices is None else devices)
         shape = self.shape(len(devices))
         auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-        slices = len({_slice_of(d) for d in devices})
+        by_process = bool(devices[0].platform == "cpu" if process_is_slice is None else process_is_slice)
+        slices = num_slices(devices, by_process)
         if slices == 1:
             return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=auto, devices=devices)
         from jax.experimental.mesh_utils import create_hybrid_device_mesh
@@ -156,7 +163,7 @@ class MeshConfig(Config):
             [shape[axis] // outside[axis] for axis in MESH_AXES],
             [outside[axis] for axis in MESH_AXES],
             devices,
-            process_is_granule=devices[0].platform == "cpu",
+            process_is_granule=by_process,
             allow_split_physical_axes=True,
         )
         return jax.sharding.Mesh(grid, MESH_AXES, axis_types=auto)
@@ -243,6 +250,8 @@ def require_even(
             )
 
 
-def _slice_of(device: Any) -> int:
-    """Which of the groups with fast links a device is in: for CPUs, its process."""
-    return device.process_index if device.platform == "cpu" else getattr(device, "slice_index", 0) or 0
+def num_slices(devices: Sequence[Any], process_is_slice: bool = False) -> int:
+    """How many groups with fast links JAX's devices are in: TPU slices, nodes of GPUs, machines of CPUs."""
+    if process_is_slice:
+        return len({d.process_index for d in devices})
+    return len({getattr(d, "slice_index", 0) or 0 for d in devices})

@@ -39,6 +39,10 @@ class ParameterInfo:
         """How many leading dims are stacks of parameters of one kind."""
         return next((i for i, axis in enumerate(self.axes) if axis not in STACK_AXES), len(self.axes))
 
+    def last_axes(self, ndim: int) -> tuple[str | None, ...]:
+        """Those of the last dims: in a loop over a stack, of one layer's array, whose axes still name the stack."""
+        return self.axes[len(self.axes) - ndim :]
+
 
 def parameter(
     init: Callable[..., Array],

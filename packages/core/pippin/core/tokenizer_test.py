@@ -145,6 +145,22 @@ def test_ends_of_turns_come_from_all_files_and_names(json_directory: Path, tmp_p
     assert load_tokenizer(tmp_path).eos_ids == {1, 7, 8, end}
 
 
+def test_what_a_text_begins_with_is_told_by_the_files(
+    json_directory: Path, model_directory: Path, tmp_path: Path
+) -> None:
+    assert load_tokenizer(model_directory).start_ids == (3,)
+    assert load_tokenizer(json_directory).start_ids == ()
+    tokenizer = tokenizers.Tokenizer.from_file(str(json_directory / "tokenizer.json"))
+    start, end = (tokenizer.token_to_id(token) for token in ("<s>", "</s>"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", start), ("</s>", end)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).start_ids == (start,)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "add_bos_token": false}')
+    assert load_tokenizer(tmp_path).start_ids == ()
+
+
 def test_special_ids_come_from_the_model(model_directory: Path) -> None:
     tokenizer = load_tokenizer(model_directory)
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 1, 3)

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pippin.core.module import Module, ParameterInfo, Params, merge, parameter_infos, split
+from pippin.core.module import Module, Params, merge, parameter_infos, split
 from pippin.core.outputs import add_loss, add_metric
 from pippin.core.sharding import mesh_axes_of, num_shards, on_shards, shard_spec
 from pippin.layers.feed_forward import gated
@@ -107,7 +106,11 @@ class MoE(Module):
             definition, values = split(proj)
             definitions.append(definition)
             params.append(values)
-            specs.append(jax.tree.map(lambda info: _spec(info, experts), parameter_infos(proj)))
+            specs.append(
+                jax.tree.map(
+                    lambda info: shard_spec(info.last_axes(len(info.shape)), experts), parameter_infos(proj)
+                )
+            )
         tokens = shard_spec(("batch", "sequence", None), over)
 
         def visit(params: list[Params], x: Array, chosen: Array, weights: Array) -> Array:
@@ -149,11 +152,6 @@ class MoE(Module):
         if axes:
             out = jax.lax.psum_scatter(out, axes, tiled=True)
         return out.reshape(x.shape)
-
-
-def _spec(info: ParameterInfo, over: tuple[str, ...]) -> PartitionSpec:
-    # In a loop over a stack, the parameters of one layer still name the stack's axis.
-    return shard_spec(info.axes[len(info.axes) - len(info.shape) :], over)
 
 
 def _permute(rows: Float[Array, "M D"], order: Int[Array, " M"]) -> Float[Array, "M D"]:

@@ -67,8 +67,11 @@ class Pipeline:
             )
         if batch % (cfg.microbatches * num_shards("batch")):
             raise ConfigError(
-                f"Repeat: {batch} rows cannot be {cfg.microbatches} microbatches that {num_shards('batch')} devices share. "
-                "Make pipeline.microbatches smaller, or give a step more rows: a larger batch, or fewer learner.microbatches."
+                f"Repeat: {batch} rows cannot be {cfg.microbatches} microbatches that {num_shards('batch')} devices share: a "
+                f"pipeline takes a multiple of {cfg.microbatches * num_shards('batch')} rows. To train, make "
+                "pipeline.microbatches smaller, or give a step more rows: a larger batch, or fewer learner.microbatches. To "
+                "evaluate, fill the batch up with rows of no weight, or set the decoder's pipeline to None: it has the same "
+                "parameters, and takes any number of rows."
             )
         return Pipeline(
             mesh_axes_of(shard_spec(("layers",))[0]), devices, cfg.rounds, cfg.microbatches, layer

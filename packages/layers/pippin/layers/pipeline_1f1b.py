@@ -42,7 +42,7 @@ def loss(
     """The sum of what `finish` makes of the result plus the layers' own losses; sums for the log; and the layers' reports.
 
     Where it is differentiated, gradients are taken on the way. Only the loss is differentiable, and by `params`,
-    `finish_params` and `x` alone, all of whose gradients are computed.
+    `finish_params` and `x` alone: of what among them it is differentiated by.
 
     Args:
         pipeline: the devices.
@@ -76,20 +76,36 @@ def _loss(
 
 
 def _with_gradients(
-    pipeline: Pipeline, finish: Finish, params: Params, finish_params: Any, x: Array, data: Any
+    pipeline: Pipeline, finish: Finish, params: Params, finish_params: Any, x: Any, data: Any
 ) -> tuple[Any, Any]:
+    """The result, and the gradients; None in place of those that nothing asks for, such as of frozen parameters."""
     whole, split = PartitionSpec(), pipeline.spec("layers")
 
-    def run(params: Params, finish_params: Any, x: Array, data: Any) -> Any:
-        rounds, pull = jax.vjp(pipeline.rounds_of, params)
-        device = _Device(pipeline, finish, rounds, finish_params, x, *data)
+    def run(params: tuple[Params, Params], finish_params: tuple[Any, Any], x: Array, data: Any) -> Any:
+        rounds, pull = jax.vjp(pipeline.rounds_of, params[0])
+        fixed = pipeline.rounds_of(params[1])
+        device = _Device(pipeline, finish, rounds, fixed, *finish_params, x, by_x, *data)
         result, (of_rounds, *others) = device.run()
         return result, (*pull(of_rounds), *others)
 
+    by_x = x.perturbed
     in_specs = (split, whole, whole, whole)
     return on_shards(run, in_specs, (whole, (split, whole, whole)), over=pipeline.axes)(
-        params, finish_params, x, data
+        _parted(params), _parted(finish_params), x.value, jax.tree.map(lambda p: p.value, data)
     )
+
+
+def _parted(primals: Any) -> tuple[Any, Any]:
+    """A tree of arrays as two, with None in place of what is in the other: those to differentiate by, and the rest."""
+    return (
+        jax.tree.map(lambda p: p.value if p.perturbed else None, primals),
+        jax.tree.map(lambda p: None if p.perturbed else p.value, primals),
+    )
+
+
+def _whole(moving: Any, fixed: Any) -> Any:
+    """What `_parted` was given."""
+    return jax.tree.map(lambda m, f: f if m is None else m, moving, fixed, is_leaf=lambda leaf: leaf is None)
 
 
 def _scaled(pipeline: Pipeline, finish: Finish, gradients: Any, cotangent: Any) -> Any:
@@ -97,7 +113,7 @@ def _scaled(pipeline: Pipeline, finish: Finish, gradients: Any, cotangent: Any) 
     return (*jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients), None)
 
 
-_loss.defvjp(_with_gradients, _scaled)
+_loss.defvjp(_with_gradients, _scaled, symbolic_zeros=True)
 
 
 class _Carry(NamedTuple):
@@ -111,7 +127,7 @@ class _Carry(NamedTuple):
     sums: Any
     of_rounds: Params  # the gradients of its stages' parameters
     of_finish: Any
-    of_x: Array
+    of_x: Array | None  # None: nothing asks for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +136,12 @@ class _Device:
 
     pipeline: Pipeline
     finish: Finish
-    rounds: Params
+    rounds: Params  # to differentiate by; None in place of others
+    fixed_rounds: Params  # these others
     finish_params: Any
+    fixed_finish_params: Any
     x: Array
+    by_x: bool  # whether to differentiate by x too
     ctx: Rows
     of_tokens: Any
 
@@ -169,7 +188,8 @@ class _Device:
         p = self.pipeline
         work = p.work(t - self.index)
         into = p.input(work, carry.arrived, self.x)
-        out, outputs = p.stage(item(self.rounds, work.round), into, item(self.ctx, work.microbatch))
+        params = _whole(item(self.rounds, work.round), item(self.fixed_rounds, work.round))
+        out, outputs = p.stage(params, into, item(self.ctx, work.microbatch))
         outputs = jax.tree.map(jnp.add, carry.outputs, only_if(work.valid, outputs))
         inputs = with_item(carry.inputs, t % self.kept, into)
         return carry._replace(arrived=p.next(out), inputs=inputs, outputs=outputs), out
@@ -206,7 +226,7 @@ class _Device:
             lambda a: jax.lax.dynamic_slice_in_dim(a, self.index * size, size, axis=1), of_tokens
         )
         total, pull, sums = jax.vjp(
-            lambda params, hidden: self.finish(params, hidden, of_mine),
+            lambda params, hidden: self.finish(_whole(params, self.fixed_finish_params), hidden, of_mine),
             self.finish_params,
             mine,
             has_aux=True,
@@ -223,26 +243,30 @@ class _Device:
         into = item(carry.inputs, p.tick(work, self.index) % self.kept)
         last = (self.index == p.devices - 1) & (work.round == p.rounds - 1)
         of_rows = item(self.ctx, work.microbatch)
-        _, pull = jax.vjp(lambda params, x: p.stage(params, x, of_rows), item(self.rounds, work.round), into)
+        fixed = item(self.fixed_rounds, work.round)
+        _, pull = jax.vjp(
+            lambda params, x: p.stage(_whole(params, fixed), x, of_rows), item(self.rounds, work.round), into
+        )
         losses = {name: jnp.full_like(v, 1 / p.microbatches) for name, v in carry.outputs.losses.items()}
         reports = dataclasses.replace(_zeros(carry.outputs), losses=losses)
         of_params, of_into = pull((jnp.where(last, of_out, carry.returned), reports))
         new = jax.tree.map(jnp.add, item(carry.of_rounds, work.round), only_if(work.valid, of_params))
-        first = work.valid & (self.index == 0) & (work.round == 0)
-        of_x = jnp.where(first, of_into, item(carry.of_x, work.microbatch))
+        of_x = carry.of_x
+        if of_x is not None:
+            first = work.valid & (self.index == 0) & (work.round == 0)
+            of_x = with_item(of_x, work.microbatch, jnp.where(first, of_into, item(of_x, work.microbatch)))
         return carry._replace(
-            returned=p.before(of_into),
-            of_rounds=with_item(carry.of_rounds, work.round, new),
-            of_x=with_item(carry.of_x, work.microbatch, of_x),
+            returned=p.before(of_into), of_rounds=with_item(carry.of_rounds, work.round, new), of_x=of_x
         )
 
     def _start(self) -> _Carry:
         p = self.pipeline
         part = self.x.shape[2] // p.devices
-        _, outputs = jax.eval_shape(p.stage, item(self.rounds, 0), self.x[0], item(self.ctx, 0))
+        params = item(_whole(self.rounds, self.fixed_rounds), 0)
+        _, outputs = jax.eval_shape(p.stage, params, self.x[0], item(self.ctx, 0))
         total, sums = jax.eval_shape(
             self.finish,
-            self.finish_params,
+            _whole(self.finish_params, self.fixed_finish_params),
             self.x[0, :, :part],
             jax.tree.map(lambda a: a[0, :, :part], self.of_tokens),
         )
@@ -255,7 +279,7 @@ class _Device:
             sums=_zeros(sums),
             of_rounds=_zeros(self.rounds),
             of_finish=_zeros(self.finish_params),
-            of_x=jnp.zeros_like(self.x),
+            of_x=jnp.zeros_like(self.x) if self.by_x else None,
         )
 
 

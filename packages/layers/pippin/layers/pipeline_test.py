@@ -15,7 +15,7 @@ from flax import nnx
 
 from pippin.core.config_tree import override, replace
 from pippin.core.errors import ConfigError
-from pippin.core.module import merge, parameter_infos, split
+from pippin.core.module import flatten_params, merge, parameter_infos, split, unflatten_params
 from pippin.core.sharding import MeshConfig, use_mesh
 from pippin.layers import configs
 from pippin.layers.pipeline_moves import moves
@@ -44,8 +44,10 @@ _BATCH = {
 }
 
 
-def _model(num_layers: int, pipeline: PipelineConfig | None = None, **fields: Any) -> configs.CausalLMConfig:
-    stack = configs.RepeatConfig(layer=_LAYER, num_layers=num_layers, pipeline=pipeline, **fields)
+def _model(
+    num_layers: int, pipeline: PipelineConfig | None = None, layer: Any = _LAYER, **fields: Any
+) -> configs.CausalLMConfig:
+    stack = configs.RepeatConfig(layer=layer, num_layers=num_layers, pipeline=pipeline, **fields)
     return configs.CausalLMConfig(vocab_size=_V, dim=8, decoder=stack, loss_chunk_tokens=8, z_loss=0.01)
 
 
@@ -101,6 +103,69 @@ def test_a_pipeline_trains_what_one_device_trains(schedule, rounds, microbatches
     assert_exact(loss, expected)
     jax.tree.map(assert_exact, metrics, expected_metrics)
     jax.tree.map(assert_exact, gradients, expected_gradients)
+
+
+_COMPOSED = {
+    "low-rank maps": configs.lora(rank=2)(_LAYER),
+    "keys and values of another layer": configs.SharedKVStackConfig(
+        layer=_LAYER,
+        num_layers=2,
+        reader=_LAYER.set(attention=configs.SharedKVAttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4)),
+        num_readers=1,
+        remat=Remat.FULL,
+    ),
+    "tracks that are computed again": configs.ParallelTracksConfig(
+        layer=_LAYER, num_tracks=2, remat=Remat.FULL
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", PipelineSchedule)
+@pytest.mark.parametrize("layer", _COMPOSED)
+def test_layers_of_other_layers_train_in_a_pipeline_what_they_train_on_one_device(
+    layer: str, schedule: PipelineSchedule
+):
+    pipeline = PipelineConfig(schedule=schedule, rounds=2, microbatches=4)
+    mesh = MeshConfig(data=1, pipeline=2, fsdp=2)
+    (loss, metrics), gradients = _on_mesh(_model(4, pipeline, _COMPOSED[layer]), mesh)
+    (expected, expected_metrics), expected_gradients = _alone(_model(4, layer=_COMPOSED[layer]))
+    assert_exact(loss, expected)
+    jax.tree.map(assert_exact, metrics, expected_metrics)
+    jax.tree.map(assert_exact, gradients, expected_gradients)
+
+
+def test_1f1b_makes_gradients_of_what_is_trained_alone():
+    cfg = _model(4, PipelineConfig(microbatches=4), _COMPOSED["low-rank maps"])
+    m = parts(cfg)
+    infos = flatten_params(parameter_infos(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0)))))
+    params = flatten_params(m.params)
+    trained = {path: p for path, p in params.items() if infos[path].owners[-1].endswith("LoRALinear")}
+    assert 0 < len(trained) < len(params)
+
+    def loss(trained: Any) -> Any:
+        model = merge(m.definition, unflatten_params(params | trained))
+        model.dtype = jnp.dtype(jnp.float64)
+        return model.loss({name: jnp.asarray(value) for name, value in _BATCH.items()})[0]
+
+    mesh = MeshConfig(data=1, pipeline=4)
+    with use_mesh(mesh, mesh.make(jax.devices()[:4])):
+        got = jax.jit(jax.grad(loss))(trained)
+        program = jax.make_jaxpr(jax.grad(loss))(trained)
+    expected = flatten_params(_alone(_model(4, layer=_COMPOSED["low-rank maps"]))[1])
+    assert got.keys() == trained.keys()
+    for path, gradient in got.items():
+        assert_exact(gradient, expected[path])
+    # From tick to tick, a device keeps gradients of these alone, of its one stage of one layer, and none of the input.
+    kept = {
+        out.aval.shape
+        for equation in equations(program.jaxpr)
+        if equation.primitive.name == "scan" and equation.params["length"] in (3, 4)
+        for out in equation.outvars
+    }
+    shapes = {path: (1, 1, *p.shape[1:]) for path, p in params.items() if path.startswith("decoder.")}
+    assert {shapes[path] for path in trained} <= kept
+    assert not {shape for path, shape in shapes.items() if path not in trained} & kept
+    assert (4, _B // 4, _T, 8) not in kept
 
 
 def test_what_layers_report_is_the_mean_of_microbatches():
@@ -196,12 +261,24 @@ def test_bfloat16_activations_that_are_computed_again_train_alike(schedule: Pipe
             r"4 layers cannot be 8 stages of one size \(4 devices on the pipeline axis, 2 rounds\)",
         ),
         (8, {"microbatches": 6}, r"pipeline\.microbatches \(6\) must be a multiple of 4"),
-        (8, {"microbatches": 12}, r"16 rows cannot be 12 microbatches that 1 devices share"),
+        (
+            8,
+            {"microbatches": 12},
+            r"16 rows cannot be 12 microbatches that 1 devices share: .* a multiple of 12 rows\. To train, .* To evaluate,",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_refused(layers: int, config: dict[str, int], message: str):
     with pytest.raises(ConfigError, match=message):
         _on_mesh(_model(layers, PipelineConfig(**config)), MeshConfig(pipeline=4))
+
+
+def test_without_a_schedule_a_pipeline_s_mesh_computes_a_row_alone():
+    (run, params), mesh = _gradients(_model(4)), MeshConfig(data=1, pipeline=4)
+    row = {name: value[:1] for name, value in _BATCH.items()}
+    with use_mesh(mesh, mesh.make(jax.devices()[:4])):
+        got = run(params, row)
+    jax.tree.map(assert_exact, got, _gradients(_model(4))[0](params, row))
 
 
 def test_without_a_pipeline_axis_the_config_changes_nothing():

@@ -223,7 +223,7 @@ class ParallelTracks(Module):
 
         def track(of_track: tuple[Params, Cache]) -> tuple[Array, Cache, Outputs]:
             # Else the compiler holds the gradients of all tracks whole on each device.
-            params = jax.tree.map(lambda p, info: constrain(p, *info.axes[-p.ndim :]), of_track[0], infos)
+            params = jax.tree.map(lambda p, info: constrain(p, *info.last_axes(p.ndim)), of_track[0], infos)
             # Not the LayerOutput itself: stacked arrays do not have the shapes that it declares.
             out, outputs = run(params, x, ctx, of_track[1])
             return out.x, out.cache, outputs

@@ -233,5 +233,10 @@ def _read(path: pathlib.Path) -> bytes:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
 
 
+def main() -> int:
+    """Runs the client; the result is the exit code."""
+    return run()
+
+
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(main())

@@ -13,12 +13,12 @@ from pippin.serve.engine.testing import answer
 from pippin.serve.errors import DrainingError, DuplicateError, QueueFullError, RequestError, SlowReaderError
 from pippin.serve.frontend import Frontend, collect, take
 from pippin.serve.request_limits import RequestLimits
-from pippin.serve.testing import MODEL, fake_backend
+from pippin.serve.testing import MODEL, SlowRunner, fake_backend
 
 
 @contextlib.asynccontextmanager
-async def frontend(*, queue=None, model=MODEL, hold=False, **limits):
-    fake = fake_backend(queue=queue, model=model)
+async def frontend(*, queue=None, model=MODEL, hold=False, step_s=0.0, **limits):
+    fake = fake_backend(queue=queue, model=model, make_runner=lambda sizes: SlowRunner(sizes, step_s))
     if hold:
         fake.runner.hold.clear()
     fake.backend.engine.start()
@@ -95,14 +95,12 @@ async def test_a_write_that_takes_too_long_is_given_up():
 
 
 async def test_leaving_early_frees_everything():
-    async with frontend() as (front, runner):
+    async with frontend(step_s=0.005) as (front, _):
         async with await front.generate(call(max_tokens=400, n=2)) as generation:
             await anext(generation)
-            runner.hold.clear()
             assert front.engine.load().num_running == 2
         load = front.engine.load()
         assert (load.num_running, load.num_waiting) == (0, 0)
-        runner.hold.set()
         async with await front.generate(call(max_tokens=2)) as generation:  # the id is free again
             await collect(generation)
 
@@ -181,13 +179,9 @@ async def test_an_error_in_a_batch_names_its_request():
 
 @pytest.mark.parametrize("fields", [{"timeout_s": 0.05}, {}])
 async def test_the_earlier_of_timeout_and_deadline_ends_a_call(fields):
-    async with frontend() as (front, runner):
+    async with frontend(step_s=0.005) as (front, _):
         deadline = front.engine.clock() + (60.0 if fields else 0.05)
         async with await front.generate(call(max_tokens=500, **fields), "", deadline) as generation:
-            await anext(generation)
-            runner.hold.clear()
-            await asyncio.sleep(0.06)
-            runner.hold.set()
             (output,) = await collect(generation)
     assert output.finish_reason is FinishReason.DEADLINE
 

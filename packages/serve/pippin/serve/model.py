@@ -12,6 +12,7 @@ import numpy as np
 
 from pippin.core.bundle import Bundle
 from pippin.core.chat_template import ChatTemplate, load_chat_template
+from pippin.core.compilation_cache import keep_compiled_programs
 from pippin.core.errors import CheckpointError, ConfigError, DataError
 from pippin.core.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_object
 from pippin.layers.causal_lm_config import CausalLMConfig, FloatType
@@ -28,6 +29,8 @@ _log = logging.getLogger(__name__)
 # What `bazel run //packages/train:launch` trains where nothing else is asked for, and where it writes.
 _DEFAULT_RUNS = "runs/stdlib_tiny*"
 _RUN_FILE = "trainer.textproto"
+# Programs for a model's steps take longer, those that choose tokens do not always: both are waited for at the start.
+_LEAST_COMPILE_S = 0.1
 # Of a model whose files do not tell how long its texts may be.
 _CONTEXT = 2048
 
@@ -78,6 +81,7 @@ def open_served(path: Path, sizes: Sizes, queue: QueueLimits, name: str | None =
         PippinError: it is no model, or one that cannot be served, or it does not fit.
     """
     clock = _Clock()
+    keep_compiled_programs(least_s=_LEAST_COMPILE_S)
     bundle = open_model(path)
     cfg = bundle.component
     if not isinstance(cfg, CausalLMConfig):
@@ -149,7 +153,7 @@ def _limits(cfg: CausalLMConfig, context: int, sizes: Sizes) -> Limits:
         raise ConfigError(
             f"a cache of {sizes.cache_bytes >> 20} MiB holds {num_pages * limits.page_size} tokens of this model; at "
             f"least {min(context, limits.chunk_tokens)} are needed. Set --cache-mib to "
-            f"{-(-limits.chunk_tokens * of_page // limits.page_size >> 20) + 1} or more."
+            f"{-(-limits.chunk_tokens * of_page // limits.page_size >> 20)} or more."
         )
     # No more than all requests can fill.
     most = sizes.max_requests * -(-context // limits.page_size)

@@ -27,6 +27,10 @@ class Options:
     tokens: pathlib.Path | None = None
     insecure: bool = False
     reflection: bool = False
+    cache_mib: int = 1024
+    max_context: int | None = None
+    max_requests: int = 32
+    chunk_tokens: int = 128
     max_waiting: int = 256
     max_waiting_tokens: int = 131_072
     stall_s: float = 60.0
@@ -61,7 +65,12 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     )
     defaults = Options()
     add = parser.add_argument
-    add("--model", metavar="DIR", help="a training run, a bundle, or a model's directory or file")
+    add(
+        "--model",
+        metavar="DIR",
+        help="a training run, a bundle, a Hugging Face directory, a GGUF file, or a known name; without it, the newest run "
+        "of the default recipe",
+    )
     add("--host", default=defaults.host, help="the address to listen on (%(default)s: this machine only)")
     add("--port", type=_port, default=defaults.port, help="the port of Inference and health (%(default)s)")
     add("--http-port", type=_port, help="the port of the OpenAI-compatible API and of a page to chat on")
@@ -85,6 +94,19 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     add("--tokens", type=pathlib.Path, metavar="FILE", help="who may call, a line each: SECRET ROLE TENANT")
     add("--insecure", action="store_true", help="beyond this machine too, take calls without TLS or tokens")
     add("--reflection", action="store_true", help="tell clients the services and messages")
+    add("--cache-mib", type=_positive, default=defaults.cache_mib, help="of keys and values (%(default)s)")
+    add(
+        "--max-context", type=_positive, metavar="TOKENS", help="of prompt and output, if not the model's own"
+    )
+    add(
+        "--max-requests", type=_positive, default=defaults.max_requests, help="served at a time (%(default)s)"
+    )
+    add(
+        "--chunk-tokens",
+        type=_positive,
+        default=defaults.chunk_tokens,
+        help="of prompts in a step (%(default)s)",
+    )
     add(
         "--max-waiting", type=_positive, default=defaults.max_waiting, help="requests that wait (%(default)s)"
     )
@@ -145,6 +167,10 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         tokens=given.tokens,
         insecure=given.insecure,
         reflection=given.reflection,
+        cache_mib=given.cache_mib,
+        max_context=given.max_context,
+        max_requests=given.max_requests,
+        chunk_tokens=given.chunk_tokens,
         max_waiting=given.max_waiting,
         max_waiting_tokens=given.max_waiting_tokens,
         stall_s=given.stall,

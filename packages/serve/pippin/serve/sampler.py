@@ -177,7 +177,7 @@ def _choose(
     logprobs = jax.nn.log_softmax(logits)
     penalty = c.repetition_penalty
     adjusted = jnp.where(c.seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    adjusted = jnp.where(_bits(c.allowed, logits.shape[0]), adjusted + c.bias, -jnp.inf)
+    adjusted = jnp.where(_bits(jnp.asarray(c.allowed), logits.shape[0]), adjusted + c.bias, -jnp.inf)
     token = jax.lax.cond(c.temperature > 0, lambda: _draw(adjusted, c), lambda: jnp.argmax(adjusted))
     # Not finite by the model's fault, or nothing is allowed.
     fine = jnp.isfinite(jnp.max(logits)) & jnp.isfinite(jnp.max(adjusted))

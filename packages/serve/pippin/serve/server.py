@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -16,7 +17,7 @@ from prometheus_client import start_http_server
 from pippin.core.errors import PippinError
 from pippin.serve.addresses import is_local, require_free
 from pippin.serve.callers import Identities, identities
-from pippin.serve.engine.engine import Engine
+from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.frontend import Frontend
 from pippin.serve.http.app import make_app
 from pippin.serve.http.port import HttpPort
@@ -127,15 +128,9 @@ async def start(options: Options, backend: Backend) -> Server:
         await port.start()
     http = None
     if options.http_address is not None:
-        app = make_app(
-            frontend,
-            known,
-            checks.is_serving,
-            metrics.registry,
-            options.http_limits,
-            local_only=is_local(options.http_address),
-        )
-        http = await open_http(app, options.http_address, tls, _FLUSH_S, options.http_limits)
+        local, bounds = is_local(options.http_address), options.http_limits
+        app = make_app(frontend, known, checks.is_serving, metrics.registry, bounds, local_only=local)
+        http = await open_http(app, options.http_address, tls, _FLUSH_S, bounds)
     return Server(
         engine,
         frontend,
@@ -183,11 +178,44 @@ def run(open_backend: Callable[[Options], Backend], argv: Sequence[str] | None =
         check_security(options, [a for a in addresses if not is_local(a)])
         for address in [*addresses, *filter(None, others)]:
             require_free(address)  # before the model is read, which takes a while
+        _check_files(options)
         asyncio.run(serve(options, open_backend(options), began))
     except PippinError as error:
         print(f"server: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def open_backend(options: Options) -> Backend:
+    """The model that the flags name, with its programs compiled.
+
+    Raises:
+        PippinError: there is none, or it cannot be served, or it does not fit.
+    """
+    # JAX takes seconds to import: wrong flags are told before.
+    from pippin.serve.model import Sizes, find, open_served
+
+    sizes = Sizes(
+        cache_bytes=options.cache_mib << 20,
+        max_context=options.max_context,
+        max_requests=options.max_requests,
+        chunk_tokens=options.chunk_tokens,
+    )
+    queue = QueueLimits(
+        max_waiting=options.max_waiting,
+        max_waiting_tokens=options.max_waiting_tokens,
+        stall_s=options.stall_s,
+    )
+    path = find(options.model)
+    # Clients are told a name, and no path of this machine.
+    known_name = options.model if options.model is not None and Path(options.model) != path else None
+    opened = open_served(path, sizes, queue, known_name)
+    return Backend(opened.engine, opened.served)
+
+
+def main() -> int:
+    """Serves a model; the result is the exit code."""
+    return run(open_backend)
 
 
 def _serve_metrics(options: Options, metrics: Metrics) -> tuple[str | None, Callable[[], None]]:
@@ -204,7 +232,18 @@ def _serve_metrics(options: Options, metrics: Metrics) -> tuple[str | None, Call
     return f"{options.host}:{httpd.server_port}", close
 
 
+def _check_files(options: Options) -> None:
+    """Raises ConfigError where tokens or certificates are wrong."""
+    identities(options.tokens, certificates=False)
+    if (tls := _tls(options)) is not None:
+        server_credentials(tls)
+
+
 def _tls(options: Options) -> TlsFiles | None:
     if options.tls_cert is None or options.tls_key is None:
         return None
     return TlsFiles(options.tls_cert, options.tls_key, options.client_ca)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,6 +13,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
+from pippin.serve.server import open_backend, run
 from pippin.v1 import inference_pb2 as pb
 
 
@@ -136,6 +137,20 @@ def test_a_users_mistake_is_one_line(flags, message):
         lines = errors.strip().splitlines()
         assert not ready and process.returncode == 2
         assert message in lines[-1] and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("flags", [["--tokens", "/no/such/file"], ["--host", "0.0.0.0"], ["--tls-cert", "x"]])
+def test_a_users_mistake_is_told_before_the_model_is_read(flags, capsys):
+    def read_model(_):
+        raise AssertionError
+
+    assert run(read_model, flags) == 2
+    assert capsys.readouterr().err.startswith("server: ")
+
+
+def test_what_is_no_model_is_a_mistake_of_the_user(tmp_path, capsys):
+    assert run(open_backend, ["--port", "0", "--model", str(tmp_path / "none")]) == 2
+    assert "Give the path of a model" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_a_mistake_of_the_user():

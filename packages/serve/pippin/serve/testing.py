@@ -139,8 +139,10 @@ def serving_in_thread(step_s: float = 0.0, **options: Any) -> Iterator[str]:
     server = serving(fake_backend(make_runner=lambda limits: SlowRunner(limits, step_s)), **options)
     try:
         served = run(server.__aenter__())
-        yield served.server.address
-        run(server.__aexit__(None, None, None))
+        try:
+            yield served.server.address
+        finally:
+            run(server.__aexit__(None, None, None))
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

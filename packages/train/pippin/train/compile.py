@@ -20,7 +20,7 @@ _EPILOG = """
 Examples:
 
   compile --recipe afm_on_device_2024_core --target tpu-v5p-512
-  compile --recipe llama2_7b --target tpu-v5e-256 --target tpu-v5p-512 --out report.html
+  compile --recipe llama2_7b --target tpu-v5e-256 --target tpu-v5e-256x4 --out report.html    # one slice; four
   compile_gpu --recipe llama2_7b --target gpu-h100-256 --target tpu-v5p-512
 """
 

@@ -69,6 +69,23 @@ def test_what_crosses_nodes_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert re.search(r"over data +groups of 2 .* sent by each device, over the network$", text, re.MULTILINE)
     assert re.search(r"over fsdp +groups of 8 .* sent by each device$", text, re.MULTILINE)
+    assert re.search(r"sent by each device: [\d.]+ GB inside a node, .*; [\d.]+ GB over the network", text)
+
+
+def test_the_axes_that_may_cross_nodes_are_those_of_the_mesh_s_config(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    over = ["--set", "mesh_rules=()", "--set", "input.batch_size=16", "--target", "gpu-h100-16"]
+    # Data crosses them, and stages are inside a node, although pipeline is the mesh's outermost axis.
+    pipeline = ["--set", "mesh.pipeline=2", "--set", "model.decoder.pipeline=Pipeline"]
+    pipeline += ["--set", "model.decoder.pipeline.microbatches=2", "--set", "model.decoder.num_layers=2"]
+    code, text = compiled(capsys, *over, *pipeline)
+    assert code == 0
+    assert re.search(r"over data +groups of 8 .* over the network$", text, re.MULTILINE)
+    assert re.search(r"collective-permute +over pipeline .* sent by each device$", text, re.MULTILINE)
+    code, text = compiled(capsys, *over, "--set", "mesh.data=1", "--set", "mesh.sequence=16")
+    assert code == 2
+    assert "the devices are of 2 slices, and the axes that may cross slices" in text
 
 
 def test_a_head_that_cudnn_refuses_is_compiled_by_triton(capsys: pytest.CaptureFixture[str]) -> None:

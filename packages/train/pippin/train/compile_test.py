@@ -52,6 +52,39 @@ def test_a_step_over_a_split_state_gathers_it(capsys: pytest.CaptureFixture[str]
     assert "over fsdp" in text and "over data" not in text
 
 
+def test_of_several_slices_each_has_the_mesh_and_only_gradients_cross(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    inside = ["--recipe", "llama2_7b", "--set", "model.vocab_size=512", "--set", "model.dim=128"]
+    inside += ["--set", "model.decoder.num_layers=3", "--set", "input.sequence_length=128"]
+    inside += ["--set", "input.batch_size=16"]
+    assert main([*inside, "--target", "tpu-v5e-4x2"]) == 0
+    text = capsys.readouterr().out
+    assert "SetMesh: mesh.data: -1 -> 2" in text
+    assert re.search(r"^tpu-v5e-4x2 +8 +data 2 x fsdp 4 +yes", text, re.MULTILINE)
+    assert re.search(
+        r"sent by each device: [\d.]+ GB inside a slice, in .* s; [\d.]+ GB between slices", text
+    )
+    lines = re.findall(
+        r"^ +(\S+) +over (\S+) +groups of (\d+) .* sent by each device(.*)$", text, re.MULTILINE
+    )
+    crossing = {(kind, axes, size) for kind, axes, size, where in lines if where == ", between slices"}
+    assert crossing == {("all-reduce", "data", "2")}
+    # Parameters are gathered, and their gradients scattered, inside a slice.
+    staying = {(kind, axes, size) for kind, axes, size, where in lines if not where}
+    assert {axes for _, axes, _ in staying} == {"fsdp"} and ("all-gather", "fsdp", "4") in staying
+
+
+def test_axes_that_may_cross_slices_make_up_the_slices(capsys: pytest.CaptureFixture[str]) -> None:
+    over = ["--set", "mesh_rules=()", "--set", "mesh.data=1", "--target", "tpu-v5e-4x2"]
+    code, text = compiled(capsys, *over, "--set", "mesh.fsdp=8")
+    assert code == 0
+    assert re.search(r"all-gather +over fsdp +groups of 2 .* between slices$", text, re.MULTILINE)
+    code, text = compiled(capsys, *over, "--set", "mesh.tensor=8")
+    assert code == 2
+    assert "the devices are of 2 slices, and the axes that may cross slices" in text
+
+
 def test_a_step_that_does_not_fit_is_said_with_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, text = compiled(capsys, "--set", "input.batch_size=65536", "--target", "tpu-v5e-1")
     assert code == 1
@@ -70,6 +103,8 @@ def test_a_step_that_does_not_fit_is_said_with_what_would_help(capsys: pytest.Ca
         ),
         (["--target", "cpu-2"], "cpu-2 is no accelerator"),
         (["--target", "tpu-v5e-48"], "tpu-v5e-48 is no TPU that there is"),
+        (["--target", "tpu-v5e-512"], "or several slices of one, such as tpu-v5e-256x2"),
+        (["--target", "gpu-h100-8x2"], "Write how many devices there are in all: gpu-h100-16"),
         (
             ["--target", "tpu-v5e-4", "--set", "input.batch_size=6"],
             "input.batch_size (6) must be a multiple of 4",

@@ -87,7 +87,7 @@ def run_job(cfg: TrainerConfig, out: Path, recipe: str, started: float | None = 
 
 def _for_this_machine(cfg: TrainerConfig) -> Applied:
     """The config for the devices that there are."""
-    from pippin.train.hardware.compilation_cache import keep_compiled_programs
+    from pippin.core.compilation_cache import keep_compiled_programs
     from pippin.train.hardware.machine import for_this_machine
 
     keep_compiled_programs()

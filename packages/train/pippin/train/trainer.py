@@ -1,7 +1,7 @@
 """The parts of a training run, built from its config and put on the mesh. The order of things is in loop.py."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,12 @@ class Trainer:
 
     Config = TrainerConfig
 
-    def __init__(self, cfg: TrainerConfig, *, held_out: Batches, devices: Sequence[Any] | None = None):
+    def __init__(self, cfg: TrainerConfig, *, held_out: Batches, mesh: jax.sharding.Mesh | None = None):
         """
         Args:
             cfg: the run.
             held_out: batches for the evaluators.
-            devices: JAX's, of the mesh; None: all that there are.
+            mesh: the config's, of devices that are not here; None: of all that there are.
 
         Raises:
             ConfigError: the parts do not fit each other.
@@ -45,7 +45,7 @@ class Trainer:
         if len(set(names)) < len(names):
             raise ConfigError(f"evaluators are named {names}: give each a name of its own.")
         self.cfg = cfg
-        self.mesh = cfg.mesh.make(devices)
+        self.mesh = cfg.mesh.make() if mesh is None else mesh
         _require_even_batch(cfg, self.mesh)
         _require_pipeline(cfg, self.mesh)
         abstract = nnx.eval_shape(lambda: cfg.model.build(rngs=nnx.Rngs(0)))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pippin.serve.engine.engine import QueueLimits
 from pippin.serve.engine.testing import answer
 from pippin.serve.request_limits import RequestLimits
-from pippin.serve.testing import details_of, fake_backend, fields_of, serving, text_of
+from pippin.serve.testing import SlowRunner, details_of, fake_backend, fields_of, serving, text_of
 from pippin.v1 import inference_pb2 as pb
 
 INVALID, EXHAUSTED = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -137,6 +137,17 @@ async def test_all_that_is_wrong_with_a_request_is_told_by_path():
         assert fields_of(error[0]) == ["text"]
 
 
+async def test_an_error_with_very_much_to_say_arrives():
+    async with serving() as served:
+        async with fails_with(INVALID) as error:
+            await served.generate(logit_bias={1000 + i: float("nan") for i in range(300)})
+        paths = fields_of(error[0])
+        assert 20 < len(paths) < 300 and paths[0] == "logit_bias[1000]"
+        async with fails_with(INVALID) as error:
+            await served.generate(request_id="é" * 100_000)
+        assert fields_of(error[0]) == ["request_id"]
+
+
 MALFORMED = {
     "damaged": b"\x12\xff\xff",
     "text that is not UTF-8": b"\x12\x02\xff\xfe",
@@ -195,20 +206,29 @@ async def test_a_message_that_is_too_large_is_refused():
         await served.generate("a" * (5 << 20))
 
 
+async def test_a_header_that_is_too_large_is_refused():
+    async with serving() as served:
+        async with fails_with(EXHAUSTED):
+            await served.method("GetModel")(pb.GetModelRequest(), metadata=[("x", "y" * (64 << 10))])
+        assert (await served.method("GetModel")(pb.GetModelRequest())).name == "letters"
+
+
 async def test_a_full_queue_says_so_at_once_and_when_to_come_again():
     fake = fake_backend(queue=QueueLimits(max_waiting=2))
     fake.runner.hold.clear()
     async with serving(fake) as served:
         calls = [served.method("Generate")(pb.GenerateRequest(text="a", max_tokens=1)) for _ in range(12)]
-        refused, times = [], []
+        refused = []
         for call in calls:
-            start = time.monotonic()
             try:
                 await call.read()
             except grpc.aio.AioRpcError as error:
-                times.append(time.monotonic() - start)
                 refused.append(error)
         assert refused and all(error.code() is EXHAUSTED for error in refused)
+        start = time.monotonic()
+        async with fails_with(EXHAUSTED):
+            await served.generate()
+        assert time.monotonic() - start < 0.5, "a few ms, on a machine with nothing else to do"
         details = details_of(refused[0])
         assert details["RetryInfo"].retry_delay.seconds >= 1 and details["QuotaFailure"].violations
         fake.runner.hold.set()
@@ -254,7 +274,7 @@ async def test_a_client_that_is_gone_frees_all_it_held():
 @pytest.mark.parametrize("by", ["timeout", "deadline"])
 @pytest.mark.parametrize("stage", ["queue", "decode"])
 async def test_a_deadline_is_told_as_one(by, stage):
-    fake = fake_backend()
+    fake = fake_backend(make_runner=lambda limits: SlowRunner(limits, 0.005))
     async with serving(fake) as served:
         if stage == "queue":
             fake.runner.hold.clear()
@@ -264,7 +284,6 @@ async def test_a_deadline_is_told_as_one(by, stage):
         if stage == "decode":
             await call.read()
             await call.read()
-            fake.runner.hold.clear()
         events = []
         async with fails_with(grpc.StatusCode.DEADLINE_EXCEEDED):
             while (event := await call.read()) is not grpc.aio.EOF:

@@ -30,8 +30,8 @@ from pippin.serve.errors import (
 _log = logging.getLogger(__name__)
 
 _DOMAIN = "pippin"
-# Trailers of more than 8 KB are refused by many clients.
-_MAX_VIOLATIONS, _MAX_DESCRIPTION = 16, 300
+# Many clients refuse trailers of more than 8 KB; the details are sent in base 64, beside the message.
+_MAX_DETAIL_BYTES, _MAX_DESCRIPTION, _MAX_MESSAGE = 3000, 400, 500
 # By then another replica has the traffic.
 _RETRY_STOPPING_S = 1.0
 
@@ -64,13 +64,15 @@ def status_of(error: Exception) -> status_pb2.Status:
     if isinstance(error, UnfinishedError):
         code, reason, message = _FINISHES[error.reason]
     elif type(error) in _ERRORS:
-        (code, reason), message = _ERRORS[type(error)], str(error)[:_MAX_DESCRIPTION]
+        (code, reason), message = _ERRORS[type(error)], str(error)
+        if isinstance(error, RequestError):
+            message = f"{error.field}: {message}"
     else:
         error_id = secrets.token_hex(8)
         _log.error("error %s", error_id, exc_info=error)
         code, reason = code_pb2.INTERNAL, "INTERNAL"
         message = f"The server failed. Its log has the reason under {error_id}."
-    details = [error_details_pb2.ErrorInfo(reason=reason, domain=_DOMAIN), *_details(error)]
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=reason, domain=_DOMAIN), *_details(error)]
     return _status(code, message, details)
 
 
@@ -92,7 +94,7 @@ def denied(code: int, reason: str, message: str) -> status_pb2.Status:
 
 
 def _status(code: int, message: str, details: Sequence[Message]) -> status_pb2.Status:
-    status = status_pb2.Status(code=code, message=message)
+    status = status_pb2.Status(code=code, message=message[:_MAX_MESSAGE])
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)
@@ -115,14 +117,16 @@ def _details(error: Exception) -> list[Message]:
 
 
 def _bad_request(violations: Sequence[Violation]) -> Message:
-    return error_details_pb2.BadRequest(
-        field_violations=[
-            error_details_pb2.BadRequest.FieldViolation(
-                field=v.field[:_MAX_DESCRIPTION], description=v.description[:_MAX_DESCRIPTION]
-            )
-            for v in violations[:_MAX_VIOLATIONS]
-        ]
-    )
+    """The first of them, as many as fit."""
+    found = error_details_pb2.BadRequest()
+    for violation in violations:
+        one = found.field_violations.add(
+            field=violation.field[:_MAX_DESCRIPTION], description=violation.description[:_MAX_DESCRIPTION]
+        )
+        if found.ByteSize() > _MAX_DETAIL_BYTES:
+            found.field_violations.remove(one)
+            break
+    return found
 
 
 def _retry(seconds: float) -> Message:

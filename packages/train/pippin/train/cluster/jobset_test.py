@@ -42,7 +42,7 @@ def require_valid(job_set: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["tpu-v5e-8", "tpu-v5p-512", "tpu-v6e-512", "gpu-h100-256", "gpu-b200-4", None]
+    "target", ["tpu-v5e-8", "tpu-v5p-512", "tpu-v6e-256x2", "gpu-h100-256", "gpu-b200-4", None]
 )
 def test_the_manifest_is_of_the_engines_schema(target: str | None) -> None:
     fields = {"queue": "q", "time_limit_s": 3600, "env": {"A": "1"}, "volumes": {"runs": "/runs"}}
@@ -61,7 +61,7 @@ def test_the_schema_refuses_what_is_wrong() -> None:
 
 
 def test_a_tpu_slice_gets_its_topology_and_each_host_its_chips() -> None:
-    job_set = manifest(spec("tpu-v6e-512", queue="research"))
+    job_set = manifest(spec("tpu-v6e-256x2", queue="research"))
     assert job_set["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "research"}
     workers = job_set["spec"]["replicatedJobs"][0]
     job = workers["template"]["spec"]
@@ -83,7 +83,7 @@ def test_gpus_are_asked_for_by_the_host() -> None:
 
 @pytest.mark.parametrize(("job", "pod", "process"), [("0", "0", "0"), ("0", "63", "63"), ("1", "2", "66")])
 def test_the_container_numbers_the_processes_over_all_slices(job: str, pod: str, process: str) -> None:
-    container = manifest(spec("tpu-v6e-512"))["spec"]["replicatedJobs"][0]["template"]["spec"]["template"][
+    container = manifest(spec("tpu-v6e-256x2"))["spec"]["replicatedJobs"][0]["template"]["spec"]["template"][
         "spec"
     ]["containers"][0]
     env = {e["name"]: e["value"] for e in container["env"] if "value" in e}

@@ -74,13 +74,13 @@ class LaunchSpec:
     @property
     def num_slices(self) -> int:
         """Of TPUs; hosts of other kinds count as one slice."""
-        return self.target.slices()[1] if self.target and self.platform == "tpu" else 1
+        return self.target.num_slices if self.target else 1
 
     @property
     def topology(self) -> str:
         """A TPU slice's, such as "4x8x8"."""
         assert self.target is not None
-        return "x".join(map(str, self.target.slices()[0]))
+        return "x".join(map(str, self.target.torus()))
 
     @property
     def devices_per_host(self) -> int:

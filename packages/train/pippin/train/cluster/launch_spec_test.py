@@ -22,7 +22,7 @@ def spec(**fields: Any) -> LaunchSpec:
         ("tpu-v5e-256", 64, 4),
         ("tpu-v5e-8", 1, 8),
         ("tpu-v5e-1", 1, 1),
-        ("tpu-v6e-512", 128, 4),
+        ("tpu-v6e-256x2", 128, 4),
         ("gpu-h100-256", 32, 8),
         ("gpu-h100-2", 1, 2),
     ],
@@ -33,7 +33,7 @@ def test_a_target_is_so_many_hosts_of_so_many_devices(target: str, hosts: int, d
 
 
 def test_slices_of_tpus_are_whole() -> None:
-    job = spec(target=parse_target("tpu-v6e-512"))
+    job = spec(target=parse_target("tpu-v6e-256x2"))
     assert (job.num_slices, job.topology) == (2, "16x16")
 
 

@@ -1,4 +1,4 @@
-"""Targets, such as `tpu-v5p-512`: so many devices of a kind. No JAX."""
+"""Targets, such as `tpu-v5p-512` or, of two slices, `tpu-v5e-256x2`: so many devices of a kind. No JAX."""
 
 from __future__ import annotations
 
@@ -42,35 +42,38 @@ class Target:
     """So many devices of a kind."""
 
     device: Device
-    num_devices: int
+    num_devices: int  # of all slices together
+    num_slices: int = 1  # of TPUs, all of one size, which a network connects
 
     @property
     def name(self) -> str:
-        """Such as "tpu-v5p-512", which has 256 devices: the name counts TensorCores, as Google's does."""
-        return f"{self.device.kind}-{self.num_devices * self.device.units_per_device}"
+        """Such as "tpu-v5p-512", which has 256 devices: the name counts TensorCores, as Google's does.
+
+        "tpu-v5p-512x4" is four slices of these.
+        """
+        units = self.num_devices // self.num_slices * self.device.units_per_device
+        return f"{self.device.kind}-{units}" + (f"x{self.num_slices}" if self.num_slices > 1 else "")
 
     @property
     def platform(self) -> str:
         """JAX's: "tpu", "gpu" or "cpu"."""
         return self.device.kind.partition("-")[0]
 
-    def slices(self) -> tuple[tuple[int, ...], int]:
-        """The torus of a TPU slice, and how many slices there are.
+    def torus(self) -> tuple[int, ...]:
+        """That of each TPU slice.
 
         Raises:
             ConfigError: no slice has so many devices.
         """
         known = _SLICES[self.device.topology_dims]
-        largest = max(known)
-        chips, rest = divmod(self.num_devices, self.device.devices_per_chip)
+        chips, rest = divmod(self.num_devices // self.num_slices, self.device.devices_per_chip)
         if not rest and chips in known:
-            return known[chips], 1
-        if not rest and chips > largest and chips % largest == 0:
-            return known[largest], chips // largest
+            return known[chips]
         units = self.device.units_per_device * self.device.devices_per_chip
+        names = [f"{self.device.kind}-{n * units}" for n in known]
         raise ConfigError(
-            f"{self.name} is no TPU that there is: slices of {self.device.kind} are "
-            f"{', '.join(f'{self.device.kind}-{n * units}' for n in known)}, and several of the largest. Use one of these."
+            f"{self.name} is no TPU that there is: slices of {self.device.kind} are {', '.join(names)}. Use one of these, "
+            f"or several slices of one, such as {names[-1]}x2."
         )
 
     def nodes(self) -> tuple[int, int]:
@@ -91,12 +94,12 @@ class Target:
 
 
 def parse_target(name: str) -> Target:
-    """The target of a name such as `tpu-v5p-512` or `gpu-h100-256`.
+    """The target of a name such as `tpu-v5p-512`, `tpu-v5p-512x4` (four slices), or `gpu-h100-256`.
 
     Raises:
         ConfigError: there is no such accelerator, or the number does not fit it.
     """
-    match = re.fullmatch(r"(.+)-(\d+)", name)
+    match = re.fullmatch(r"(.+)-(\d+)(?:x(\d+))?", name)
     kind = match[1] if match else name
     if kind not in DEVICES:
         raise ConfigError(
@@ -114,18 +117,32 @@ def parse_target(name: str) -> Target:
             )
             + f". Write {kind}-{device.units_per_device * 4}, for instance."
         )
-    return Target(device, count // device.units_per_device)
+    target = Target(device, count // device.units_per_device)
+    if match is None or match[3] is None:
+        return target
+    slices = int(match[3])
+    if target.platform != "tpu" or slices < 1:
+        raise ConfigError(
+            f"target {name!r}: what follows the x is how many slices there are, at least 1, and slices are of TPUs. "
+            + (
+                f"Write {kind}-{count}x2, for instance."
+                if target.platform == "tpu"
+                else f"Write how many devices there are in all: {kind}-{count * max(slices, 1)}."
+            )
+        )
+    return Target(device, target.num_devices * slices, slices)
 
 
-def target_of(device_kind: str, num_devices: int, platform: str) -> Target:
+def target_of(device_kind: str, num_devices: int, platform: str, num_slices: int = 1) -> Target:
     """What JAX's devices are; of a kind without an entry here, a target without figures, such as "gpu-other-8".
 
     Args:
         device_kind: JAX's name of the first device's kind.
         num_devices: over all processes.
         platform: JAX's: "tpu", "gpu" or "cpu".
+        num_slices: of TPUs.
     """
     for device in DEVICES.values():
         if any(device_kind.startswith(name) for name in device.jax_names):
-            return Target(device, num_devices)
-    return Target(Device(f"{platform}-other", 0.0, 0.0, 0.0), num_devices)
+            return Target(device, num_devices, num_slices)
+    return Target(Device(f"{platform}-other", 0.0, 0.0, 0.0), num_devices, num_slices)

@@ -11,6 +11,7 @@ from pippin.train.hardware.device import DEVICES
         ("tpu-v5p-512", 256, "tpu"),
         ("tpu-v5e-256", 256, "tpu"),
         ("tpu-7x-16", 16, "tpu"),
+        ("tpu-v5p-512x4", 1024, "tpu"),
         ("gpu-h100-8", 8, "gpu"),
         ("cpu-2", 2, "cpu"),
     ],
@@ -27,6 +28,8 @@ def test_a_name_says_how_many_devices(name: str, devices: int, platform: str) ->
         ("tpu-v5p-3", r"a multiple of 2 \(it counts TensorCores\)"),
         ("gpu-h100-0", "a number of at least 1"),
         ("tpu-v5e", "a number of at least 1. Write tpu-v5e-4"),
+        ("tpu-v5e-4x0", "at least 1, and slices are of TPUs. Write tpu-v5e-4x2"),
+        ("gpu-h100-8x4", "slices are of TPUs. Write how many devices there are in all: gpu-h100-32"),
     ],
 )
 def test_a_name_that_is_none_is_refused(name: str, message: str) -> None:
@@ -34,18 +37,23 @@ def test_a_name_that_is_none_is_refused(name: str, message: str) -> None:
         parse_target(name)
 
 
-def test_slices_are_tori_and_beyond_the_largest_there_are_several() -> None:
-    assert parse_target("tpu-v5p-512").slices() == ((4, 8, 8), 1)
-    assert parse_target("tpu-v5e-512").slices() == ((16, 16), 2)
-    assert parse_target("tpu-7x-16").slices() == ((2, 2, 2), 1)  # two devices a chip
+def test_each_slice_is_a_torus() -> None:
+    assert parse_target("tpu-v5p-512").torus() == (4, 8, 8)
+    assert parse_target("tpu-v5e-256x2").torus() == (16, 16)
+    assert parse_target("tpu-7x-16").torus() == (2, 2, 2)  # two devices a chip
+    assert parse_target("tpu-v5e-4x1") == parse_target("tpu-v5e-4")
+    with pytest.raises(
+        ConfigError, match="tpu-v5e-512 is no TPU .* several slices of one, such as tpu-v5e-256x2"
+    ):
+        parse_target("tpu-v5e-512").torus()
     with pytest.raises(
         ConfigError, match="tpu-7x-9 is no TPU that there is: slices of tpu-7x are tpu-7x-8, tpu-7x-16"
     ):
-        parse_target("tpu-7x-9").slices()
+        parse_target("tpu-7x-9").torus()
     with pytest.raises(
         ConfigError, match="tpu-v5e-48 is no TPU that there is: slices of tpu-v5e are tpu-v5e-1, tpu-v5e-4"
     ):
-        parse_target("tpu-v5e-48").slices()
+        parse_target("tpu-v5e-48").torus()
 
 
 def test_gpus_fill_their_nodes() -> None:
@@ -79,6 +87,7 @@ def test_the_devices_that_jax_finds_have_a_name(kind: str, name: str) -> None:
 def test_an_accelerator_without_an_entry_is_one_of_its_platform() -> None:
     target = target_of("NVIDIA A100-SXM4-40GB", 8, "gpu")
     assert (target.name, target.platform) == ("gpu-other-8", "gpu")
+    assert target_of("TPU v5 lite", 512, "tpu", num_slices=2).name == "tpu-v5e-256x2"
     assert target_of("TPU v4", 4, "tpu").name == "tpu-other-4"
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -39,27 +40,34 @@ class Collective:
     kind: str
     group_size: int
     axes: str  # of the mesh, such as "fsdp" or "data+fsdp"
-    per_node: int  # members of a group in each node that it is in; 0: all are in one
+    per_node: int  # members of a group in each node or slice that it is in; 0: all are in one
     sent_bytes: float  # by each device, all times together
     times: int
 
+    @property
+    def over_network(self) -> bool:
+        """Whether it leaves a node or a slice."""
+        return self.per_node > 0
 
-def read_collectives(program: Program, mesh: Mapping[str, int], node_size: int = 0) -> tuple[Collective, ...]:
+
+def read_collectives(
+    program: Program, mesh: Mapping[str, int], nodes: Sequence[int] = ()
+) -> tuple[Collective, ...]:
     """The transfers of a program, those that send most first.
 
     Args:
         program: the compiled program.
         mesh: the sizes of the mesh's axes, in the order of its devices.
-        node_size: how many devices are in a node; 0: all.
+        nodes: that of each device, in the order of the mesh; none: all are in one.
     """
-    names = _groups_by_axes(mesh)
+    names = groups_by_axes(mesh)
     totals: dict[tuple[str, int, str, int], list[float]] = {}
     for step in _collectives(program):
         opcode = step.instruction.opcode
         kind = "reduce-scatter" if opcode == _FUSED_SCATTER else opcode.removesuffix("-start")
         groups = _groups(step.instruction.rest, mesh)
         size = max(len(group) for group in groups)
-        key = (kind, size, names.get(groups, "other"), _per_node(groups, node_size))
+        key = (kind, size, names.get(groups, "other"), _per_node(groups, nodes))
         total = totals.setdefault(key, [0.0, 0])
         total[0] += step.times * _sent(kind, step.instruction, size)
         total[1] += step.times
@@ -131,14 +139,14 @@ def _payload(kind: str, instruction: Instruction) -> int:
     return sum(array_bytes(shape))
 
 
-def _per_node(groups: Groups, node_size: int) -> int:
-    if not node_size:
+def _per_node(groups: Groups, nodes: Sequence[int]) -> int:
+    if not nodes:
         return 0
     most = 0
     for group in groups:
-        nodes = [device // node_size for device in group]
-        if len(set(nodes)) > 1:
-            most = max(most, max(nodes.count(node) for node in set(nodes)))
+        count = collections.Counter(nodes[device] for device in group)
+        if len(count) > 1:
+            most = max(most, *count.values())
     return most
 
 
@@ -185,7 +193,7 @@ def _of_axes(sizes: Mapping[str, int], names: list[str]) -> Groups:
     return frozenset(frozenset(row.tolist()) for row in rows)
 
 
-def _groups_by_axes(mesh: Mapping[str, int]) -> dict[Groups, str]:
+def groups_by_axes(mesh: Mapping[str, int]) -> dict[Groups, str]:
     """The groups of every set of axes that are longer than 1 -> the set's name."""
     split = [axis for axis, size in mesh.items() if size > 1]
     sets = itertools.chain.from_iterable(itertools.combinations(split, n) for n in range(1, len(split) + 1))

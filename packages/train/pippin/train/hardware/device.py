@@ -31,7 +31,7 @@ class Device:
     memory_bytes: float
     peak_flops: float  # a second, in bfloat16
     link_bandwidth: float  # bytes a second to others of its slice or node, all links together, one way
-    network_bandwidth: float = 0.0  # bytes a second to other nodes, one way
+    network_bandwidth: float = 0.0  # bytes a second to other nodes or slices, one way
     node_size: int = 0  # devices that its links reach; 0: all of a slice
     clock_hz: float = 0.0  # of a TPU's matrix units
     units_per_device: int = 1  # of what the number in a target's name counts: TensorCores for v5p
@@ -65,6 +65,7 @@ DEVICES = {
             16 * _GIB,
             197 * _T,
             200 * _GB,
+            network_bandwidth=3.125 * _GB,
             clock_hz=1.5e9,
             topology_dims=2,
             jax_names=("TPU v5 lite", "TPU v5e"),
@@ -75,6 +76,7 @@ DEVICES = {
             95 * _GIB,
             459 * _T,
             600 * _GB,
+            network_bandwidth=6.25 * _GB,
             clock_hz=1.75e9,
             units_per_device=2,
             topology_dims=3,
@@ -86,6 +88,7 @@ DEVICES = {
             32 * _GIB,
             918 * _T,
             448 * _GB,
+            network_bandwidth=12.5 * _GB,
             clock_hz=1.75e9,
             topology_dims=2,
             jax_names=("TPU v6 lite", "TPU v6e"),
@@ -96,6 +99,7 @@ DEVICES = {
             96 * _GIB,
             2307 / 2 * _T,
             300 * _GB,
+            network_bandwidth=6.25 * _GB,
             clock_hz=2.2e9,
             devices_per_chip=2,
             topology_dims=3,

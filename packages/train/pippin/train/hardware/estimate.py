@@ -116,8 +116,13 @@ def estimate(cfg: Any, target: Target) -> Estimate:
     applied = apply_mesh_rules(cfg, target)
     cfg = applied.cfg
     goal = topology(target)
-    trainer = cfg.build(held_out=lambda most, task: (), devices=goal.devices)
+    # The compiler of GPUs has the nodes of a target as processes; of those that are there, JAX finds out the nodes.
+    is_gpu = target.platform == "gpu"
+    on_mesh = cfg.mesh.make(goal.devices, process_is_slice=is_gpu)
+    trainer = cfg.build(held_out=lambda most, task: (), mesh=on_mesh)
     mesh = dict(trainer.mesh.shape)
+    across = cfg.mesh.shape_across(mesh, target.num_slices)
+    nodes = [d.process_index for d in trainer.mesh.devices.flat] if is_gpu else ()
     began = time.monotonic()
     with record_choices() as choices:
         traced = trainer.trace()
@@ -157,7 +162,7 @@ def estimate(cfg: Any, target: Target) -> Estimate:
         tokens=cfg.input.batch_size * cfg.input.sequence_length,
         kernels=tuple(choices),
         left_out=goal.left_out,
-        profile=read_profile(compiled.as_text(), mesh, target.device) if compiled else None,
+        profile=read_profile(compiled.as_text(), mesh, target.device, across, nodes) if compiled else None,
         compile_s=time.monotonic() - began,
     )
 

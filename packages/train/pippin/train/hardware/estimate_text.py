@@ -62,6 +62,16 @@ def details(e: Estimate) -> str:
         f"  time: {e.compiled_s:.3g} s of what XLA compiled ({source}), {e.kernels_s:.3g} s of kernels (every block, "
         f"at the peak), {e.link_s:.3g} s of transfers (at full speed)"
     )
+    crossing = [c for c in e.profile.collectives if c.over_network]
+    if crossing:
+        inside, outside = (
+            ("a slice", "between slices") if e.target.num_slices > 1 else ("a node", "over the network")
+        )
+        sent, crossed = (sum(c.sent_bytes for c in some) for some in (e.profile.collectives, crossing))
+        lines.append(
+            f"  sent by each device: {(sent - crossed) / 1e9:.3g} GB inside {inside}, in "
+            f"{e.link_s - e.profile.network_s:.3g} s; {crossed / 1e9:.3g} GB {outside}, in {e.profile.network_s:.3g} s"
+        )
     lines.append(
         f"  memory read and written: {e.profile.moved_bytes / 1e12:.3g} TB by each device, less kernels"
     )
@@ -69,7 +79,13 @@ def details(e: Estimate) -> str:
         lines.append(
             f"    {c.kind:<20} over {c.axes:<12} groups of {c.group_size:<5} {c.times:>6} times  "
             f"{c.sent_bytes / 1e9:>8.3g} GB sent by each device"
-            + (", over the network" if c.per_node else "")
+            + (
+                ""
+                if not c.over_network
+                else ", between slices"
+                if e.target.num_slices > 1
+                else ", over the network"
+            )
         )
     if e.profile.unknown_loops:
         lines.append(f"  {e.profile.unknown_loops} loops turn an unknown number of times: they count once")

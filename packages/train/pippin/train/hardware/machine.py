@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from pippin.core.mesh_config import num_slices
 from pippin.train.hardware.accelerator import target_of
 from pippin.train.hardware.mesh_rules import Applied, apply_mesh_rules
 
@@ -18,5 +19,7 @@ def for_this_machine(cfg: Any) -> Applied:
     """
     if not cfg.mesh_rules:
         return Applied(cfg, None, ())
-    first = jax.devices()[0]
-    return apply_mesh_rules(cfg, target_of(first.device_kind, jax.device_count(), first.platform))
+    devices = jax.devices()
+    platform = devices[0].platform
+    slices = num_slices(devices) if platform == "tpu" else 1
+    return apply_mesh_rules(cfg, target_of(devices[0].device_kind, len(devices), platform, slices))

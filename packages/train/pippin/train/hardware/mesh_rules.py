@@ -59,7 +59,7 @@ def apply_mesh_rules(cfg: Any, target: Target) -> Applied:
 
 
 class SetMesh:
-    """Gives a run the sizes of the mesh's axes."""
+    """Gives a run the sizes of the mesh's axes. Each of several slices has this mesh, and other rows: `data` crosses them."""
 
     Config = SetMeshConfig
 
@@ -73,6 +73,8 @@ class SetMesh:
             ConfigError: a size of the mesh was set by hand.
         """
         sizes = {axis: getattr(self._cfg, axis) for axis in MESH_AXES}
+        if sizes["data"] != -1:
+            sizes["data"] *= target.num_slices
         for axis, size in sizes.items():
             _require_free(cfg.mesh, axis, size, f"mesh.{axis}", target)
         return cfg.set(mesh=cfg.mesh.set(**sizes))

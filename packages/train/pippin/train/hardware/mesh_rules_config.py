@@ -12,7 +12,10 @@ from pippin.layers.stack_config import PipelineConfig, Remat
 
 
 class SetMeshConfig(Config, implementation="pippin.train.hardware.mesh_rules:SetMesh", provides="modifier"):
-    """The devices as a grid; which axis splits what stays as the run's mesh has it. At most one size is -1."""
+    """The devices as a grid; which axis splits what stays as the run's mesh has it. At most one size is -1.
+
+    Of several TPU slices, the sizes are those of one: the mesh has `data` as many times.
+    """
 
     data: int = 1
     fsdp: int = 1

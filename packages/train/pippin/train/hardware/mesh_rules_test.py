@@ -6,6 +6,7 @@ from flax import nnx
 
 from pippin.core.config_tree import override
 from pippin.core.errors import ConfigError
+from pippin.core.mesh_config import MESH_AXES
 from pippin.core.module import parameter_infos
 from pippin.layers.causal_lm_config import FloatType
 from pippin.layers.linear_config import MatmulType
@@ -51,6 +52,14 @@ def test_the_first_rule_that_fits_is_applied() -> None:
     assert cfg.model.activation_dtype is FloatType.BFLOAT16
     assert cfg.learner.microbatches == 4  # 16 rows over 4 devices, one at a time
     assert apply_mesh_rules(_cfg(), parse_target("tpu-v6e-4")).cfg == _cfg()
+
+
+def test_the_mesh_of_a_rule_is_that_of_each_slice() -> None:
+    cfg = apply_mesh_rules(_cfg(), parse_target("tpu-v5e-4x3")).cfg
+    assert cfg.mesh.shape(12) == dict.fromkeys(MESH_AXES, 1) | {"data": 6, "fsdp": 2}
+    all_of_them = MeshRuleConfig(accelerators="tpu-*", modifiers=(SetMeshConfig(data=-1, fsdp=2),))
+    cfg = apply_mesh_rules(_cfg().set(mesh_rules=(all_of_them,)), parse_target("tpu-v5e-4x3")).cfg
+    assert (cfg.mesh.data, cfg.mesh.fsdp) == (-1, 2)
 
 
 def test_what_each_modifier_changed_is_told() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pippin.train.hardware.collectives import Collective, is_collective, read_collectives
+from pippin.train.hardware.crossings import read_crossings
 from pippin.train.hardware.device import Device
 from pippin.train.hardware.hlo import Program, Step
 from pippin.train.hardware.roofline import moved_bytes, seconds
@@ -23,11 +24,18 @@ class Profile:
     moved_bytes: float  # that instructions read and write of the device's memory
     collectives: tuple[Collective, ...]
     link_s: float  # of all transfers, one after the other
+    network_s: float  # of those among them that leave a node or a slice
     loops: int  # how many loops there are whose number of turns was found
     unknown_loops: int  # whose number of turns could not be read: they count as one turn
 
 
-def read_profile(text: str, mesh: Mapping[str, int], device: Device) -> Profile:
+def read_profile(
+    text: str,
+    mesh: Mapping[str, int],
+    device: Device,
+    across: Mapping[str, int] | None = None,
+    nodes: Sequence[int] = (),
+) -> Profile:
     """The profile of a program that was compiled for a kind of device.
 
     A TPU's compiler estimates the cycles of each instruction. A GPU's does not: `roofline` does.
@@ -36,6 +44,8 @@ def read_profile(text: str, mesh: Mapping[str, int], device: Device) -> Profile:
         text: of the optimised HLO, as `Compiled.as_text()` gives it.
         mesh: the sizes of the mesh's axes, in the order of its devices.
         device: what it was compiled for.
+        across: of several TPU slices, into how many parts each axis lies over them.
+        nodes: of GPUs, the node of each device, in the order of the mesh.
     """
     program = Program(text)
     compiled_s, moved, loops, unknown = 0.0, 0.0, 0, 0
@@ -44,9 +54,13 @@ def read_profile(text: str, mesh: Mapping[str, int], device: Device) -> Profile:
             loops, unknown = (loops + 1, unknown) if step.turns else (loops, unknown + 1)
         compiled_s += step.times * _seconds(program, step, device)
         moved += step.times * moved_bytes(program, step)
-    collectives = read_collectives(program, mesh, device.node_size)
-    link_s = sum((c.sent_bytes / device.bandwidth(c.per_node) for c in collectives), start=0.0)
-    return Profile(compiled_s, moved, collectives, link_s, loops, unknown)
+    across = across or {}
+    inside = {axis: size // across.get(axis, 1) for axis, size in mesh.items()}
+    collectives = read_collectives(program, inside, nodes) + read_crossings(program, across)
+    times = [(c.over_network, c.sent_bytes / device.bandwidth(c.per_node)) for c in collectives]
+    link_s = sum((t for _, t in times), start=0.0)
+    network_s = sum((t for outside, t in times if outside), start=0.0)
+    return Profile(compiled_s, moved, collectives, link_s, network_s, loops, unknown)
 
 
 def _seconds(program: Program, step: Step, device: Device) -> float:

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import pytest
 
 from pippin.train.hardware.device import Device, Gpu
@@ -37,8 +39,10 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
-def _profile(groups: str = "{{0,4},{1,5},{2,6},{3,7}}", device: Device = _TPU) -> Profile:
-    return read_profile(_TEXT.replace("GROUPS", groups), _MESH, device)
+def _profile(
+    groups: str = "{{0,4},{1,5},{2,6},{3,7}}", device: Device = _TPU, nodes: Sequence[int] = ()
+) -> Profile:
+    return read_profile(_TEXT.replace("GROUPS", groups), _MESH, device, nodes=nodes)
 
 
 def test_a_loop_s_cycles_count_as_often_as_it_turns_and_absent_estimates_not_at_all() -> None:
@@ -107,13 +111,13 @@ def test_transfers_that_are_fused_count_once_and_a_fused_scatter_is_one() -> Non
 
 
 def test_what_crosses_nodes_goes_over_the_adapters_of_all_its_members_there() -> None:
-    device = Device("gpu-test", 0.0, 1.0, 16.0, network_bandwidth=2.0, node_size=4, clock_hz=1.0)
+    device = Device("gpu-test", 0.0, 1.0, 16.0, network_bandwidth=2.0, clock_hz=1.0)
     for groups, per_node, bandwidth in (
         ("{{0,1,2,3},{4,5,6,7}}", 0, 16.0),
         ("{{0,4},{1,5},{2,6},{3,7}}", 1, 2.0),
         ("{{0,1,2,3,4,5,6,7}}", 4, 8.0),
     ):
-        profile = _profile(groups, device)
+        profile = _profile(groups, device, nodes=[0, 0, 0, 0, 1, 1, 1, 1])
         (reduce,) = [c for c in profile.collectives if c.kind == "all-reduce"]
         (gather,) = [c for c in profile.collectives if c.kind == "all-gather"]  # inside a node
         assert reduce.per_node == per_node

@@ -18,7 +18,17 @@ _ON_CHIP = re.compile(r"[a-z]+\d*\[[\d,]*\]\{[^{}]*S\([1-9]\d*\)[^{}]*\}")
 # What does no work of its own: names for values, control, and transfers, which are counted elsewhere.
 _FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
-    *("after-all", "partition-id", "replica-id", "async-start", "async-update", "async-done", "opt-barrier"),
+    *(
+        "send",
+        "recv",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "async-start",
+        "async-update",
+        "async-done",
+        "opt-barrier",
+    ),
 )
 _READS_A_PART = ("dynamic-slice", "slice", "gather")
 _WRITES_A_PART = {"dynamic-update-slice": 1, "scatter": 2}  # -> which operand is the part

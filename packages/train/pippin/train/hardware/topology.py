@@ -56,20 +56,18 @@ def _tpus(target: Target) -> Sequence[Any]:
     _require(
         "libtpu", "libtpu, which has the compiler for TPUs,", "bazel run //packages/train:compile", "tpu"
     )
-    torus, slices = target.slices()
-    if slices > 1:
-        raise ConfigError(
-            f"{target.name} is {slices} slices, and what crosses the network between slices is not estimated. Name one "
-            f"slice: at most {target.device.kind}-{target.num_devices // slices * target.device.units_per_device}."
-        )
     for name, value in _NO_TPU_HERE.items():
         os.environ.setdefault(name, value)
-    name = f"{target.device.libtpu_name}:{'x'.join(map(str, torus))}"
+    name = f"{target.device.libtpu_name}:{'x'.join(map(str, target.torus()))}"
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=target.num_slices)
+        return found.devices
     except (ValueError, RuntimeError, NotImplementedError) as e:
         reason = str(e).partition("\n")[0]
-        raise ConfigError(f"libtpu has no topology {name}: {reason}. Try another number of chips.") from None
+        raise ConfigError(
+            f"libtpu has no {target.name} (topology {name}, slices: {target.num_slices}): {reason}. Try another "
+            "number of chips or of slices."
+        ) from None
 
 
 def _gpus(target: Target) -> Topology:
