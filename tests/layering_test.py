@@ -152,6 +152,15 @@ def test_grpc_stays_at_the_edge_of_serve():
     assert not wrong
 
 
+def test_http_and_grpc_know_nothing_of_each_other():
+    wrong = [
+        str(s.path)
+        for s in of("serve")
+        if s.is_shipped and s.path.parent.name != "http" and (s.uses("starlette") or s.uses("uvicorn"))
+    ]
+    assert not wrong
+
+
 def test_one_file_imports_seqio_and_tensorflow():
     importers = {s.path for s in sources() if any(s.uses(module) for module in ONE_FILE)}
     files = {path.with_stem(path.stem.removesuffix("_test")) for path in importers}

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 
 from pippin.core.errors import ConfigError
+from pippin.serve.http.http_limits import HttpLimits
 from pippin.serve.request_limits import RequestLimits
 
 
@@ -16,6 +17,7 @@ class Options:
     model: str | None = None
     host: str = "127.0.0.1"
     port: int = 50051
+    http_port: int | None = None
     admin_address: str | None = None
     probe_address: str | None = None
     metrics_port: int | None = None
@@ -35,11 +37,17 @@ class Options:
     withdraw_s: float = 2.0
     grace_s: float = 60.0
     limits: RequestLimits = dataclasses.field(default_factory=RequestLimits)
+    http_limits: HttpLimits = dataclasses.field(default_factory=HttpLimits)
 
     @property
     def address(self) -> str:
         """Of Inference."""
         return self._at(self.port)
+
+    @property
+    def http_address(self) -> str | None:
+        """Of the OpenAI-compatible API and the page."""
+        return None if self.http_port is None else self._at(self.http_port)
 
     @property
     def metrics_address(self) -> str | None:
@@ -65,6 +73,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     )
     add("--host", default=defaults.host, help="the address to listen on (%(default)s: this machine only)")
     add("--port", type=_port, default=defaults.port, help="the port of Inference and health (%(default)s)")
+    add("--http-port", type=_port, help="the port of the OpenAI-compatible API and of a page to chat on")
     add(
         "--admin-address", metavar="ADDRESS", help="HOST:PORT or unix:PATH of Admin; without it there is none"
     )
@@ -148,6 +157,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         model=given.model,
         host=given.host,
         port=given.port,
+        http_port=given.http_port,
         admin_address=given.admin_address,
         probe_address=given.probe_address,
         metrics_port=given.metrics_port,

@@ -1,4 +1,4 @@
-"""Serves a model over gRPC until SIGTERM."""
+"""Serves a model over gRPC and HTTP until SIGTERM."""
 
 import asyncio
 import dataclasses
@@ -15,19 +15,25 @@ import grpc.aio
 from prometheus_client import start_http_server
 
 from pippin.core.errors import PippinError
+from pippin.serve.addresses import is_local, require_free
+from pippin.serve.callers import Identities, identities
 from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.frontend import Frontend
+from pippin.serve.http.app import make_app
+from pippin.serve.http.port import HttpPort
+from pippin.serve.http.port import open_port as open_http
 from pippin.serve.metrics import Metrics
 from pippin.serve.options import Options, check_security, parse_options
 from pippin.serve.rpc import admin, health, inference
 from pippin.serve.rpc.admin import AdminService
-from pippin.serve.rpc.auth import Authenticator, authenticator
+from pippin.serve.rpc.auth import Authenticator
 from pippin.serve.rpc.guard import Guard
 from pippin.serve.rpc.health import HealthService
 from pippin.serve.rpc.inference import InferenceService
-from pippin.serve.rpc.ports import is_local, open_port, require_free
-from pippin.serve.rpc.tls import TlsFiles, server_credentials
+from pippin.serve.rpc.ports import open_port
+from pippin.serve.rpc.tls import server_credentials
 from pippin.serve.served_model import ServedModel
+from pippin.serve.tls_files import TlsFiles
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +61,7 @@ class Server:
     address: str
     admin_address: str | None
     probe_address: str | None
+    http: HttpPort | None
     metrics_address: str | None
     close_metrics: Callable[[], None]
 
@@ -67,7 +74,8 @@ class Server:
         await asyncio.sleep(options.withdraw_s)
         await asyncio.to_thread(self.engine.stop, options.grace_s)
         self.health.close()
-        await asyncio.gather(*(port.stop(_FLUSH_S) for port in self.ports))
+        flushed = [port.stop(_FLUSH_S) for port in self.ports]
+        await asyncio.gather(*flushed, *([self.http.stop()] if self.http else []))
         self.frontend.close()
         self.close_metrics()
 
@@ -81,10 +89,8 @@ async def start(options: Options, backend: Backend) -> Server:
     engine, limits = backend.engine, options.limits
     frontend = Frontend(engine, backend.model, limits)
     tls = _tls(options)
-    guard = Guard(
-        authenticator(options.tokens, certificates=options.client_ca is not None),
-        limits.slow_reader_timeout_s,
-    )
+    known = identities(options.tokens, certificates=options.client_ca is not None)
+    guard = Guard(Authenticator(known), limits.slow_reader_timeout_s)
     names = [inference.SERVICE.full_name]
     checks = HealthService(engine, names, [admin.SERVICE.full_name] if options.admin_address else [])
     ports: list[grpc.aio.Server] = []
@@ -111,14 +117,31 @@ async def start(options: Options, backend: Backend) -> Server:
         looked_after = {admin.SERVICE.full_name: AdminService(engine).handler(), **shared}
         admin_address = listen(options.admin_address, guard, looked_after, tls)
     if options.probe_address:
-        anybody = Guard(Authenticator(None), limits.slow_reader_timeout_s)
+        anybody = Guard(Authenticator(Identities(None)), limits.slow_reader_timeout_s)
         probe_address = listen(options.probe_address, anybody, shared, None)
-    metrics_address, close_metrics = _serve_metrics(options, backend)
+    metrics = Metrics(backend.model.name, engine.limits.num_pages, engine.limits.page_size)
+    metrics.watch(engine.load)
+    engine.observer = metrics
+    metrics_address, close_metrics = _serve_metrics(options, metrics)
     engine.start()
     for port in ports:
         await port.start()
+    http = None
+    if options.http_address is not None:
+        local, bounds = is_local(options.http_address), options.http_limits
+        app = make_app(frontend, known, checks.is_serving, metrics.registry, bounds, local_only=local)
+        http = await open_http(app, options.http_address, tls, _FLUSH_S, bounds)
     return Server(
-        engine, frontend, checks, ports, address, admin_address, probe_address, metrics_address, close_metrics
+        engine,
+        frontend,
+        checks,
+        ports,
+        address,
+        admin_address,
+        probe_address,
+        http,
+        metrics_address,
+        close_metrics,
     )
 
 
@@ -136,6 +159,8 @@ async def serve(options: Options, backend: Backend, began: float) -> None:
         loop.add_signal_handler(number, on_signal, number)
     server = await start(options, backend)
     print(f"READY {server.address} {backend.model.name} {time.monotonic() - began:.1f} s", flush=True)
+    if server.http is not None:
+        print(f"HTTP {'http' if options.tls_cert is None else 'https'}://{server.http.address}/", flush=True)
     await asked.wait()
     load = backend.engine.load()
     _log.info("stopping: %d requests run and %d wait", load.num_running, load.num_waiting)
@@ -149,7 +174,7 @@ def run(open_backend: Callable[[Options], Backend], argv: Sequence[str] | None =
     logging.getLogger("jax").setLevel(logging.WARNING)
     options = parse_options(argv)
     try:
-        addresses = [options.address, *filter(None, [options.admin_address])]
+        addresses = [options.address, *filter(None, [options.http_address, options.admin_address])]
         others = [options.probe_address, options.metrics_address]
         check_security(options, [a for a in addresses if not is_local(a)])
         for address in [*addresses, *filter(None, others)]:
@@ -195,14 +220,10 @@ def main() -> int:
     return run(open_backend)
 
 
-def _serve_metrics(options: Options, backend: Backend) -> tuple[str | None, Callable[[], None]]:
+def _serve_metrics(options: Options, metrics: Metrics) -> tuple[str | None, Callable[[], None]]:
     """The address of the metrics, and what ends them: a thread of their own answers."""
     if options.metrics_port is None:
         return None, lambda: None
-    limits = backend.engine.limits
-    metrics = Metrics(backend.model.name, limits.num_pages, limits.page_size)
-    metrics.watch(backend.engine.load)
-    backend.engine.observer = metrics
     httpd, thread = start_http_server(options.metrics_port, options.host, metrics.registry)
 
     def close() -> None:
@@ -215,7 +236,7 @@ def _serve_metrics(options: Options, backend: Backend) -> tuple[str | None, Call
 
 def _check_files(options: Options) -> None:
     """Raises ConfigError where tokens or certificates are wrong."""
-    authenticator(options.tokens, certificates=False)
+    identities(options.tokens, certificates=False)
     if (tls := _tls(options)) is not None:
         server_credentials(tls)
 

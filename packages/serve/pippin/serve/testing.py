@@ -85,6 +85,18 @@ class Served:
     def engine(self) -> Engine:
         return self.server.engine
 
+    @property
+    def url(self) -> str:
+        """Of HTTP, where `http_port` was given."""
+        assert self.server.http is not None, "http_port"
+        return f"http://{self.server.http.address}"
+
+    async def idle(self) -> None:
+        """Waits until the engine has nothing to do. Raises TimeoutError."""
+        async with asyncio.timeout(5):
+            while self.engine.load().num_running or self.engine.load().num_waiting:
+                await asyncio.sleep(0.005)
+
     def method(self, name: str, channel: grpc.aio.Channel | None = None) -> Any:
         """What calls a method of Inference, Admin or Health, such as "Generate"."""
         services = [

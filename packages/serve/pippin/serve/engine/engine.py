@@ -61,6 +61,7 @@ class Load:
     prefix_hits: int  # tokens
     draining: bool
     stalled: bool
+    generated: int = 0  # tokens of output, since the start
     drafts: int = 0  # tokens that were guessed
     right_drafts: int = 0  # and guessed rightly
 
@@ -92,14 +93,14 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.limits, self.queue, self.observer, self.clock = limits, queue, observer, clock
-        self._runner, self._token_bytes = runner, token_bytes
+        self.token_bytes, self._runner = token_bytes, runner
         self._scheduler = Scheduler(limits)
         self._streams: dict[str, _Stream] = {}  # request_id -> stream
         self._outbox: list[tuple[OnOutput, Output]] = []  # the thread hands them over, in this order
         self._suspects: collections.deque[str] = collections.deque()  # requests of a step that failed
         self._lock = threading.Condition()
         self._draining = self._stopped = False
-        self._steps = 0
+        self._steps = self._generated = 0
         self._progress = clock()  # when the last step ended, or work came to an idle engine
         self._tokens_per_s = 0.0  # lately
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -134,7 +135,7 @@ class Engine:
             self._require_room(request)
             if not self._streams:
                 self._progress = self.clock()
-            self._streams[request.request_id] = _Stream(request, on_output, self._token_bytes)
+            self._streams[request.request_id] = _Stream(request, on_output, self.token_bytes)
             self._scheduler.add(request, self.clock())
             self._lock.notify_all()
 
@@ -161,6 +162,7 @@ class Engine:
                 scheduler.prefix_hits,
                 self._draining,
                 stalled,
+                self._generated,
                 scheduler.num_drafts,
                 scheduler.num_right_drafts,
             )
@@ -263,6 +265,7 @@ class Engine:
             gaps.append(now - generation.last_token)
         generation.last_token = now
         generation.num_told += 1
+        self._generated += 1
         try:
             self._output(generation, sampled)
         except Exception:  # noqa: BLE001  its constraint may be at fault, and nobody else is

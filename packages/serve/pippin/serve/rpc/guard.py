@@ -8,8 +8,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from pippin.serve.callers import Caller
 from pippin.serve.frontend import take
-from pippin.serve.rpc.auth import Authenticator, Caller, DeniedError
+from pippin.serve.rpc.auth import Authenticator, DeniedError
 from pippin.serve.rpc.deserialize import deserialize
 from pippin.serve.rpc.status import abort, abort_with, denied
 

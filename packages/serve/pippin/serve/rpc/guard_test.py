@@ -5,7 +5,8 @@ import grpc.aio
 import pytest
 from google.rpc import code_pb2
 
-from pippin.serve.rpc.auth import Authenticator, Caller, DeniedError
+from pippin.serve.callers import Caller, Identities
+from pippin.serve.rpc.auth import Authenticator, DeniedError
 from pippin.serve.rpc.guard import Guard, current_caller
 from pippin.serve.rpc.ports import open_port
 from pippin.serve.testing import details_of
@@ -55,7 +56,7 @@ async def open_streams(authenticator, slow_reader_timeout_s=0.3):
 
 
 async def test_a_stream_that_nobody_reads_ends():
-    streams, server, address = await open_streams(Authenticator(None))
+    streams, server, address = await open_streams(Authenticator(Identities(None)))
     async with grpc.aio.insecure_channel(address) as channel:
         call = channel.unary_stream("/test.Streams/Tell")(b"")
         await call.read()
@@ -73,7 +74,7 @@ async def test_a_stream_that_nobody_reads_ends():
 
 
 async def test_a_reader_who_never_reads_again_does_not_keep_the_server_from_stopping():
-    streams, server, address = await open_streams(Authenticator(None))
+    streams, server, address = await open_streams(Authenticator(Identities(None)))
     async with grpc.aio.insecure_channel(address) as channel:
         call = channel.unary_stream("/test.Streams/Tell")(b"")
         await call.read()

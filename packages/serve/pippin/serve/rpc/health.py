@@ -54,6 +54,10 @@ class HealthService:
         load = self._engine.load()
         return _NOT_SERVING if self._withdrawn or load.draining or load.stalled else _SERVING
 
+    def is_serving(self) -> bool:
+        """The server as a whole."""
+        return self.status("") == _SERVING
+
     async def check(
         self, request: health_pb2.HealthCheckRequest, _: object
     ) -> health_pb2.HealthCheckResponse:

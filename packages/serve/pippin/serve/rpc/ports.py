@@ -1,8 +1,6 @@
 """gRPC servers on their addresses, with every bound set."""
 
 import dataclasses
-import errno
-import ipaddress
 import os
 import pathlib
 import socket
@@ -14,6 +12,7 @@ import grpc.aio
 from grpc_reflection.v1alpha import reflection
 
 from pippin.core.errors import ConfigError
+from pippin.serve.addresses import require_free
 from pippin.serve.rpc.guard import Guard
 
 
@@ -84,42 +83,6 @@ def open_port(
     except RuntimeError:  # between the check and now
         raise ConfigError(f"{address} could not be opened. Choose another address.") from None
     return server, f"{address.rpartition(':')[0]}:{port}"
-
-
-def is_local(address: str) -> bool:
-    """Only this machine reaches the address."""
-    if address.startswith("unix:"):
-        return True
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def require_free(address: str) -> None:
-    """Says why an address cannot be had, which gRPC does not.
-
-    Raises:
-        ConfigError: it is taken, or is none of this machine.
-    """
-    if address.startswith("unix:"):
-        return
-    host, _, port = address.rpartition(":")
-    try:
-        if not host:
-            raise ValueError("it must be HOST:PORT")
-        found = socket.getaddrinfo(
-            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, protocol, _, where = found[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(where)
-    except (OSError, ValueError, OverflowError) as error:
-        reasons = {errno.EADDRINUSE: "another process has it", errno.EACCES: "this user may not have it"}
-        reason = reasons.get(getattr(error, "errno", None) or 0, "it is no address of this machine")
-        raise ConfigError(f"{address} cannot be listened on: {reason}. Choose another address.") from None
 
 
 def _bind_socket(server: grpc.aio.Server, address: str) -> str:

@@ -12,10 +12,11 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from pippin.core.errors import ConfigError
-from pippin.serve.rpc.auth import read_callers
+from pippin.serve.callers import read_callers
 from pippin.serve.rpc.certificates import Authority
-from pippin.serve.rpc.tls import TlsFiles, server_credentials
+from pippin.serve.rpc.tls import server_credentials
 from pippin.serve.testing import serving
+from pippin.serve.tls_files import TlsFiles
 from pippin.v1 import inference_pb2 as pb
 
 ANN, ROOT = "a" * 32, "r" * 32
@@ -113,7 +114,7 @@ async def test_probes_need_no_token_where_they_have_an_address(tokens):
 
 
 async def test_tokens_are_read_anew(tokens, monkeypatch):
-    monkeypatch.setattr("pippin.serve.rpc.watched_file._CHECK_S", 0.0)
+    monkeypatch.setattr("pippin.serve.watched_file._CHECK_S", 0.0)
     async with serving(tokens=tokens) as served:
         call = served.method("GetModel")
         assert await outcome(call(pb.GetModelRequest(), metadata=bearer(ANN))) is grpc.StatusCode.OK
@@ -162,7 +163,7 @@ async def test_tls_takes_only_what_is_encrypted(tmp_path):
 
 
 async def test_a_new_certificate_is_used_without_a_restart(tmp_path, monkeypatch):
-    monkeypatch.setattr("pippin.serve.rpc.watched_file._CHECK_S", 0.0)
+    monkeypatch.setattr("pippin.serve.watched_file._CHECK_S", 0.0)
     old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
     certificate, key = old.sign("server")
     async with serving(tls_cert=certificate, tls_key=key) as served, secure(served, old) as before:

@@ -3,7 +3,7 @@ import os
 import pytest
 
 from pippin.core.errors import ConfigError
-from pippin.serve.rpc.watched_file import WatchedFiles
+from pippin.serve.watched_file import WatchedFiles
 
 
 class Clock:
