@@ -21,6 +21,8 @@ class Options:
     admin_address: str | None = None
     probe_address: str | None = None
     metrics_port: int | None = None
+    top: bool = False
+    log_format: str = "text"
     tls_cert: pathlib.Path | None = None
     tls_key: pathlib.Path | None = None
     client_ca: pathlib.Path | None = None
@@ -83,6 +85,10 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         help="HOST:PORT of health alone, without TLS and tokens: for probes",
     )
     add("--metrics-port", type=_port, help="the port of Prometheus metrics over HTTP")
+    add("--top", action="store_true", help="draw the engine's state on the terminal, twice a second")
+    add(
+        "--log-format", choices=("text", "json"), default=defaults.log_format, help="of the log (%(default)s)"
+    )
     add(
         "--tls-cert",
         type=pathlib.Path,
@@ -161,6 +167,8 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         admin_address=given.admin_address,
         probe_address=given.probe_address,
         metrics_port=given.metrics_port,
+        top=given.top,
+        log_format=given.log_format,
         tls_cert=given.tls_cert,
         tls_key=given.tls_key,
         client_ca=given.client_ca,

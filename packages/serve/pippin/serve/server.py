@@ -23,6 +23,7 @@ from pippin.serve.http.app import make_app
 from pippin.serve.http.port import HttpPort
 from pippin.serve.http.port import open_port as open_http
 from pippin.serve.metrics import Metrics
+from pippin.serve.observers import JsonFormatter, Observers, RequestLog
 from pippin.serve.options import Options, check_security, parse_options
 from pippin.serve.rpc import admin, health, inference
 from pippin.serve.rpc.admin import AdminService
@@ -34,6 +35,7 @@ from pippin.serve.rpc.ports import open_port
 from pippin.serve.rpc.tls import server_credentials
 from pippin.serve.served_model import ServedModel
 from pippin.serve.tls_files import TlsFiles
+from pippin.serve.top import Top
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ class Server:
     http: HttpPort | None
     metrics_address: str | None
     close_metrics: Callable[[], None]
+    top: Top | None
 
     async def stop(self, options: Options) -> None:
         """Ends in an order that cuts no stream within the grace.
@@ -78,6 +81,8 @@ class Server:
         await asyncio.gather(*flushed, *([self.http.stop()] if self.http else []))
         self.frontend.close()
         self.close_metrics()
+        if self.top is not None:
+            self.top.stop()
 
 
 async def start(options: Options, backend: Backend) -> Server:
@@ -121,7 +126,12 @@ async def start(options: Options, backend: Backend) -> Server:
         probe_address = listen(options.probe_address, anybody, shared, None)
     metrics = Metrics(backend.model.name, engine.limits.num_pages, engine.limits.page_size)
     metrics.watch(engine.load)
-    engine.observer = metrics
+    top = (
+        Top(backend.model.name, engine.limits.max_requests, engine.load, engine.clock)
+        if options.top
+        else None
+    )
+    engine.observer = Observers([metrics, RequestLog(), *filter(None, [top])])
     metrics_address, close_metrics = _serve_metrics(options, metrics)
     engine.start()
     for port in ports:
@@ -142,6 +152,7 @@ async def start(options: Options, backend: Backend) -> Server:
         http,
         metrics_address,
         close_metrics,
+        top,
     )
 
 
@@ -161,6 +172,8 @@ async def serve(options: Options, backend: Backend, began: float) -> None:
     print(f"READY {server.address} {backend.model.name} {time.monotonic() - began:.1f} s", flush=True)
     if server.http is not None:
         print(f"HTTP {'http' if options.tls_cert is None else 'https'}://{server.http.address}/", flush=True)
+    if server.top is not None:
+        server.top.start()
     await asked.wait()
     load = backend.engine.load()
     _log.info("stopping: %d requests run and %d wait", load.num_running, load.num_waiting)
@@ -170,9 +183,8 @@ async def serve(options: Options, backend: Backend, began: float) -> None:
 def run(open_backend: Callable[[Options], Backend], argv: Sequence[str] | None = None) -> int:
     """The server's program; the result is its exit code. A user's mistake is one line, without a stack trace."""
     began = time.monotonic()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("jax").setLevel(logging.WARNING)
     options = parse_options(argv)
+    _start_log(options)
     try:
         addresses = [options.address, *filter(None, [options.http_address, options.admin_address])]
         others = [options.probe_address, options.metrics_address]
@@ -185,6 +197,17 @@ def run(open_backend: Callable[[Options], Backend], argv: Sequence[str] | None =
         print(f"server: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _start_log(options: Options) -> None:
+    """Logs to standard error. Where that shows the engine at a glance, only what is wrong is logged."""
+    handler = logging.StreamHandler()
+    if options.log_format == "json":
+        handler.setFormatter(JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING if options.top else logging.INFO, handlers=[handler])
+    logging.getLogger("jax").setLevel(logging.WARNING)
 
 
 def open_backend(options: Options) -> Backend:

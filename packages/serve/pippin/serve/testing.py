@@ -48,7 +48,7 @@ class SlowRunner(FakeRunner):
         super().__init__(limits)
         self._step_s = step_s
 
-    def run(self, rows: Sequence[Row]) -> list[Sampled | None]:
+    def run(self, rows: Sequence[Row]) -> list[list[Sampled]]:
         time.sleep(self._step_s)
         return super().run(rows)
 

@@ -202,17 +202,35 @@ class Engine:
         )
 
     def _serve(self) -> None:
-        while True:
-            with self._lock:
-                while not (self._streams or self._outbox or self._stopped):
-                    self._lock.wait()
-                self._expire()
-                rows = self._scheduler.schedule(self.clock(), self._suspects[0] if self._suspects else None)
-            self._deliver()
-            if self._stopped:
-                return
-            if rows:
-                self._step(rows)
+        while not self._stopped:
+            try:
+                self._turn()
+            except Exception:  # noqa: BLE001  a server that cannot go on is worse
+                _log.exception("the engine is at fault: all requests end, and it starts over")
+                self._start_over()
+        self._deliver()
+
+    def _turn(self) -> None:
+        """Waits for work, and computes a step."""
+        with self._lock:
+            while not (self._streams or self._outbox or self._stopped):
+                self._lock.wait()
+            self._expire()
+            rows = self._scheduler.schedule(self.clock(), self._suspects[0] if self._suspects else None)
+        self._deliver()
+        if rows and not self._stopped:
+            self._step(rows)
+
+    def _start_over(self) -> None:
+        """Ends all requests, whatever state they are in, and forgets everything."""
+        with self._lock:
+            for request_id, stream in self._streams.items():
+                self._outbox.append((stream.on_output, Output(request_id, finish_reason=FinishReason.FAILED)))
+            self._streams.clear()
+            self._suspects.clear()
+            self._scheduler = Scheduler(self.limits)
+            self._lock.notify_all()
+        self._runner.reset()
 
     def _step(self, rows: Sequence[Row]) -> None:
         start = self.clock()
@@ -240,9 +258,9 @@ class Engine:
         """Tells each request its tokens. The result: how long after the one before each came, in seconds."""
         gaps = []
         for row, of_row in zip(rows, sampled, strict=True):
-            generation = self._scheduler.get(row.request_id)
+            generation = self._scheduler.running.get(row.request_id)
             if generation is None:
-                continue  # it ended meanwhile
+                continue  # it ended meanwhile; one with the same id may wait already
             tokens = row.accepted(of_row, lambda one: one.token)
             self._scheduler.update(row, [one.token for one in tokens if one.token >= 0])
             for one in tokens:

@@ -193,6 +193,35 @@ def test_a_request_that_breaks_its_step_fails_alone(make_engine):
     assert text(submit(engine, "after").wait()) == bytes(answer(b"hello", 6)).decode()
 
 
+def test_an_id_that_was_cancelled_in_a_step_may_be_used_again_at_once(make_engine):
+    engine, runner = make_engine()
+    runner.hold.clear()
+    first = submit(engine)
+    wait_for(lambda: engine.load().num_running == 1)
+    engine.cancel("r")
+    second = submit(engine, prompt=b"another")
+    runner.hold.set()
+    assert [o.finish_reason for o in first.wait()] == [FinishReason.CANCELLED]
+    assert text(second.wait()) == bytes(answer(b"another", 6)).decode()
+
+
+def test_an_engine_that_is_itself_at_fault_starts_over(make_engine, monkeypatch):
+    engine, runner = make_engine()
+    runner.hold.clear()
+    callers = [submit(engine, str(i)) for i in range(3)]
+    wait_for(lambda: engine.load().num_running == 3)
+
+    def fail(*_):
+        raise RuntimeError("a mistake of ours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pippin.serve.engine.scheduler.Scheduler.update", fail)
+        runner.hold.set()
+        for caller in callers:
+            assert caller.wait()[-1].finish_reason is FinishReason.FAILED
+    assert text(submit(engine).wait()) == bytes(answer(b"hello", 6)).decode()
+
+
 class _Broken:
     def write_mask(self, allowed):
         raise NotImplementedError

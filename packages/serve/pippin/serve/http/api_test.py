@@ -222,8 +222,10 @@ class Telling(FakeRunner):
     """Tells log-probabilities."""
 
     def _sample(self, row):
-        sampled = super()._sample(row)
-        return sampled and Sampled(sampled.token, -0.5, ((sampled.token, -0.5), (0xC3, float("-inf"))))
+        return [
+            Sampled(one.token, -0.5, ((one.token, -0.5), (0xC3, float("-inf"))))
+            for one in super()._sample(row)
+        ]
 
 
 async def test_log_probabilities_are_told_as_openai_does():
