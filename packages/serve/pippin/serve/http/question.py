@@ -175,7 +175,8 @@ def _question(
 
 def _chat_message(fields: Fields, message: pb.ChatMessage) -> None:
     role = fields.take("role", "a text", required=True)
-    message.role = _ROLES.get(role, role) if role else ""
+    if role is not None:
+        message.role = _ROLES.get(role, role)
     content = fields.take_any("content")
     if is_text(content):
         message.content = content
