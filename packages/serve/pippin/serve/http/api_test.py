@@ -9,6 +9,7 @@ import time
 import httpx
 import pytest
 
+from pippin.core.errors import DataError
 from pippin.serve.engine.engine import QueueLimits
 from pippin.serve.engine.request import Sampled
 from pippin.serve.engine.testing import FakeRunner, answer
@@ -199,6 +200,28 @@ async def test_an_error_that_nobody_thought_of_has_an_id_and_no_text(caplog):
     message = error_of(response)["message"]
     assert response.status_code == 500 and "secret" not in message
     assert message.split()[-1].rstrip(".") in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}},
+            "response_format.json_schema.schema",
+        ),
+        ("structured_outputs", {"regex": "("}, "structured_outputs.regex"),
+        ("structured_outputs", {"choice": ["a", "a"]}, "structured_outputs.choice"),
+    ],
+)
+async def test_a_format_that_cannot_be_held_is_named(field, value, param):
+    def compile_constraint(spec):
+        raise DataError("cannot be compiled.")
+
+    model = dataclasses.replace(MODEL, compile_constraint=compile_constraint)
+    async with client(fake_backend(model=model)) as (_, http):
+        response = await http.post("/v1/chat/completions", json={**CHAT, field: value})
+    assert (response.status_code, error_of(response)["param"]) == (400, param)
 
 
 async def test_a_server_that_drains_takes_no_more():

@@ -245,10 +245,10 @@ def _constraint(fields: Fields, request: pb.GenerateRequest) -> dict[str, str]:
         outputs.extend("choice", choices, "a text", request.choice.choices)
     outputs.finish({}, frozenset())
     given = request.WhichOneof("constraint")
-    theirs = {"json_schema": "json", "choice": "choice"}.get(given or "", given)
-    return (
-        {f"{given}.choices" if given == "choice" else given: f"structured_outputs.{theirs}"} if given else {}
-    )
+    if given is None:
+        return {}
+    path = f"structured_outputs.{'json' if given == 'json_schema' else given}"
+    return {f"{given}.choices": path, given: path}
 
 
 def _include_usage(fields: Fields, stream: bool) -> bool:
