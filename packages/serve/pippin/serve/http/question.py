@@ -176,7 +176,7 @@ def _question(
 def _chat_message(fields: Fields, message: pb.ChatMessage) -> None:
     role = fields.take("role", "a text", required=True)
     if role is not None:
-        message.role = _ROLES.get(role, role)
+        message.role = _ROLES[role] if role in _ROLES else role
     content = fields.take_any("content")
     if is_text(content):
         message.content = content
