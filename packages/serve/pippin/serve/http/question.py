@@ -50,7 +50,6 @@ _NOTHING_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "refusal": ("",),
 }
-_ROLES = {"developer": "system"}  # OpenAI's newer name
 _MAX_TIMEOUT_S = 1e9
 _TOKEN = re.compile(r"-?[0-9]{1,10}")
 _ANY_OBJECT = '{"type": "object"}'
@@ -176,7 +175,7 @@ def _question(
 def _chat_message(fields: Fields, message: pb.ChatMessage) -> None:
     role = fields.take("role", "a text", required=True)
     if role is not None:
-        message.role = _ROLES[role] if role in _ROLES else role
+        message.role = "system" if role == "developer" else role  # its newer name
     content = fields.take_any("content")
     if is_text(content):
         message.content = content
