@@ -25,6 +25,7 @@ SCRIPTS = {
     },
     "pippin-serve": {
         "pippin-client": "packages/serve/pippin/serve/client",
+        "pippin-manifests": "packages/serve/pippin/serve/manifests",
         "pippin-serve": "packages/serve/pippin/serve/server",
     },
     "pippin-train": {

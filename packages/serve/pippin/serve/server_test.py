@@ -10,6 +10,7 @@ import threading
 import time
 
 import grpc
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2
 
@@ -66,6 +67,20 @@ def test_ready_says_where_what_and_how_long_it_took():
         assert (word, model, unit) == ("READY", "letters", "s") and float(seconds) < 60
         with grpc.insecure_channel(address) as channel:
             assert [e.WhichOneof("event") for e in generate(channel, max_tokens=1)][-1] == "finished"
+
+
+def test_http_is_told_and_its_streams_are_not_cut_by_sigterm():
+    flags = ["--http-port", "0", "--withdraw", "0", "--grace", "20"]
+    with program(*flags, step_s=0.02) as (process, _):
+        word, url = process.stdout.readline().split()
+        request = {"prompt": "hello", "max_tokens": 60, "stream": True}
+        with httpx.stream("POST", f"{url}v1/completions", json=request) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert word == "HTTP" and len(rest) == 60 and rest[-1] == "data: [DONE]"
+        assert process.wait(10) == 0
 
 
 def test_the_first_sigterm_withdraws_then_refuses_then_finishes_and_exits_with_0():

@@ -16,6 +16,10 @@ _LEAST_LOGPROB = -9999.0  # of a token that cannot be; JSON has no infinity
 class Answer(abc.ABC):
     """Writes the answer to one request. Choices are numbered over all its prompts."""
 
+    _prefix: str
+    _object: str
+    _chunk_object: str
+
     def __init__(self, request_id: str, model: str, token_bytes: Callable[[int], bytes], include_usage: bool):
         self._head: Json = {"id": self._prefix + request_id, "created": int(time.time()), "model": model}
         self._token_bytes, self._include_usage = token_bytes, include_usage
@@ -43,10 +47,6 @@ class Answer(abc.ABC):
     def _chunk(self, choices: list[Json]) -> Json:
         chunk = {**self._head, "object": self._chunk_object, "choices": choices}
         return {**chunk, "usage": None} if self._include_usage else chunk
-
-    _prefix: str
-    _object: str
-    _chunk_object: str
 
     @abc.abstractmethod
     def _choice(self, index: int, output: Output) -> Json:

@@ -9,12 +9,13 @@ import time
 import httpx
 import pytest
 
+from pippin.core.errors import DataError
 from pippin.serve.engine.engine import QueueLimits
 from pippin.serve.engine.request import Sampled
 from pippin.serve.engine.testing import FakeRunner, answer
 from pippin.serve.http.http_limits import HttpLimits
 from pippin.serve.request_limits import RequestLimits
-from pippin.serve.testing import MODEL, SlowRunner, fake_backend, serving
+from pippin.serve.testing import LIMITS, MODEL, SlowRunner, fake_backend, serving
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "seed": 1}
 HELLO = {"prompt": "hello", "seed": 1}
@@ -137,15 +138,15 @@ async def test_a_body_that_is_too_large_is_refused():
 
 
 async def test_a_full_queue_says_when_to_come_again():
-    fake = fake_backend(
-        queue=QueueLimits(max_waiting=1), limits=dataclasses.replace(fake_limits(), max_requests=1)
-    )
+    fake = fake_backend(queue=QueueLimits(max_waiting=1), limits=dataclasses.replace(LIMITS, max_requests=1))
     fake.runner.hold.clear()
-    async with client(fake) as (_, http):
+    async with client(fake) as (served, http):
         taken = []
-        for _ in range(2):
+        for busy in ((1, 0), (1, 1)):
             taken.append(asyncio.create_task(http.post(COMPLETIONS, json={**HELLO, "max_tokens": 2})))
-            await asyncio.sleep(0.1)
+            async with asyncio.timeout(10):
+                while (served.engine.load().num_running, served.engine.load().num_waiting) != busy:
+                    await asyncio.sleep(0.005)
         began = time.monotonic()
         full = await http.post(COMPLETIONS, json=HELLO)
         seconds = time.monotonic() - began
@@ -153,10 +154,6 @@ async def test_a_full_queue_says_when_to_come_again():
         assert [(await response).status_code for response in taken] == [200, 200]
     assert (full.status_code, error_of(full)["code"]) == (429, "queue_full")
     assert int(full.headers["retry-after"]) >= 1 and seconds < 1
-
-
-def fake_limits():
-    return fake_backend().runner.limits
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -199,6 +196,28 @@ async def test_an_error_that_nobody_thought_of_has_an_id_and_no_text(caplog):
     message = error_of(response)["message"]
     assert response.status_code == 500 and "secret" not in message
     assert message.split()[-1].rstrip(".") in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "param"),
+    [
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}},
+            "response_format.json_schema.schema",
+        ),
+        ("structured_outputs", {"regex": "("}, "structured_outputs.regex"),
+        ("structured_outputs", {"choice": ["a", "a"]}, "structured_outputs.choice"),
+    ],
+)
+async def test_a_format_that_cannot_be_held_is_named(field, value, param):
+    def compile_constraint(spec):
+        raise DataError("cannot be compiled.")
+
+    model = dataclasses.replace(MODEL, compile_constraint=compile_constraint)
+    async with client(fake_backend(model=model)) as (_, http):
+        response = await http.post("/v1/chat/completions", json={**CHAT, field: value})
+    assert (response.status_code, error_of(response)["param"]) == (400, param)
 
 
 async def test_a_server_that_drains_takes_no_more():

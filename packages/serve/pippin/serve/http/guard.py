@@ -38,8 +38,7 @@ class Guard:
         self._slow_reader_timeout_s = slow_reader_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            raise Problem(400, "Only HTTP is spoken here.")
+        assert scope["type"] == "http", "neither lifespan nor web sockets are spoken"
         started, abort = False, scope["state"]["abort"]
         scope["app"] = self._app  # so that a route that is not there is an exception
 
@@ -73,7 +72,11 @@ class Guard:
         """
         if self._asks_host and not _is_local_name(request.headers.get("host", "")):
             # A page of another site, whose name was made to lead here.
-            raise Problem(403, "This server answers to the names of this machine only, such as localhost.")
+            raise Problem(
+                403,
+                "This server asks nobody who they are, and answers to the names of this machine only. Call it "
+                "localhost, or start it with --tokens.",
+            )
         if request.url.path in self._public:
             return
         names: Callable[[], Sequence[str]] = request.state.certificate_names

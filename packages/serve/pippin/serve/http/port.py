@@ -59,7 +59,7 @@ async def open_port(
         proxy_headers=False,
         server_header=False,
         ssl_context_factory=None if context is None else lambda *_: context,
-        limit_concurrency=limits.max_connections,
+        limit_concurrency=limits.max_connections + 1,  # it refuses the one that reaches it
         timeout_keep_alive=limits.keepalive_s,
         timeout_graceful_shutdown=int(flush_s),
         h11_max_incomplete_event_size=limits.max_header_bytes,

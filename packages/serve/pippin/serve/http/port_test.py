@@ -113,7 +113,7 @@ async def test_a_body_that_does_not_come_is_given_up():
 
 
 async def test_connections_beyond_the_limit_are_told_so():
-    async with serving(http_port=0, http_limits=HttpLimits(max_connections=2)) as served:
+    async with serving(http_port=0, http_limits=HttpLimits(max_connections=1)) as served:
         async with connection(served):
             await asyncio.sleep(0.05)
             assert (await get(served, "/health")).status_code == 503

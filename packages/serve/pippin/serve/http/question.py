@@ -50,7 +50,6 @@ _NOTHING_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "refusal": ("",),
 }
-_ROLES = {"developer": "system"}  # OpenAI's newer name
 _MAX_TIMEOUT_S = 1e9
 _TOKEN = re.compile(r"-?[0-9]{1,10}")
 _ANY_OBJECT = '{"type": "object"}'
@@ -175,7 +174,8 @@ def _question(
 
 def _chat_message(fields: Fields, message: pb.ChatMessage) -> None:
     role = fields.take("role", "a text", required=True)
-    message.role = _ROLES.get(role, role) if role else ""
+    if role is not None:
+        message.role = "system" if role == "developer" else role  # its newer name
     content = fields.take_any("content")
     if is_text(content):
         message.content = content
@@ -244,10 +244,10 @@ def _constraint(fields: Fields, request: pb.GenerateRequest) -> dict[str, str]:
         outputs.extend("choice", choices, "a text", request.choice.choices)
     outputs.finish({}, frozenset())
     given = request.WhichOneof("constraint")
-    theirs = {"json_schema": "json", "choice": "choice"}.get(given or "", given)
-    return (
-        {f"{given}.choices" if given == "choice" else given: f"structured_outputs.{theirs}"} if given else {}
-    )
+    if given is None:
+        return {}
+    path = f"structured_outputs.{'json' if given == 'json_schema' else given}"
+    return {f"{given}.choices": path, given: path}
 
 
 def _include_usage(fields: Fields, stream: bool) -> bool:

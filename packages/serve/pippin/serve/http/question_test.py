@@ -179,7 +179,7 @@ _VALUES = st.recursive(
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=4),
+    | st.text("ab5é\ud800", max_size=4),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "5"]), inner, max_size=3)
