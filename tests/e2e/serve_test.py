@@ -44,7 +44,9 @@ def server(home):
     assert line.startswith("READY 127.0.0.1:"), line + process.stderr.read()
     _, address, name, _, _ = line.split()
     assert name == "stdlib_tiny"
-    return process, address
+    yield process, address
+    process.kill()
+    process.communicate()
 
 
 def ask(home, address, *arguments):
@@ -69,7 +71,8 @@ def test_what_is_asked_for_wrongly_is_told(home, server):
 def test_sigterm_ends_it_well(home, server):
     process, address = server
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    process.communicate(timeout=60)
+    assert process.returncode == 0
     assert ask(home, address, "the apple", "--timeout", "1")[0] == 69
 
 

@@ -43,6 +43,7 @@ class Sizes:
     max_context: int | None = None  # tokens; None: what the model's files say
     max_requests: int = 32  # served at a time
     chunk_tokens: int = 128  # of prompts in a step
+    max_drafts: int = 4  # guesses of an answer's next tokens in a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,12 @@ def _context(bundle: Bundle, sizes: Sizes) -> int:
 
 
 def _limits(cfg: CausalLMConfig, context: int, sizes: Sizes) -> Limits:
-    limits = Limits(num_pages=1, max_requests=sizes.max_requests, chunk_tokens=sizes.chunk_tokens)
+    limits = Limits(
+        num_pages=1,
+        max_requests=sizes.max_requests,
+        chunk_tokens=sizes.chunk_tokens,
+        max_drafts=sizes.max_drafts,
+    )
     of_page = page_bytes(cfg, limits.page_size)
     num_pages = sizes.cache_bytes // of_page if of_page else -(-context // limits.page_size)
     if num_pages * limits.page_size < min(context, limits.chunk_tokens):

@@ -33,6 +33,7 @@ class Options:
     max_context: int | None = None
     max_requests: int = 32
     chunk_tokens: int = 128
+    max_drafts: int = 4
     max_waiting: int = 256
     max_waiting_tokens: int = 131_072
     stall_s: float = 60.0
@@ -114,6 +115,14 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         help="of prompts in a step (%(default)s)",
     )
     add(
+        "--max-drafts",
+        type=int,
+        choices=range(17),
+        metavar="N",
+        default=defaults.max_drafts,
+        help="guesses of an answer's next tokens in a step; they change no answer (%(default)s)",
+    )
+    add(
         "--max-waiting", type=_positive, default=defaults.max_waiting, help="requests that wait (%(default)s)"
     )
     add(
@@ -179,6 +188,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         max_context=given.max_context,
         max_requests=given.max_requests,
         chunk_tokens=given.chunk_tokens,
+        max_drafts=given.max_drafts,
         max_waiting=given.max_waiting,
         max_waiting_tokens=given.max_waiting_tokens,
         stall_s=given.stall,

@@ -224,6 +224,7 @@ def open_backend(options: Options) -> Backend:
         max_context=options.max_context,
         max_requests=options.max_requests,
         chunk_tokens=options.chunk_tokens,
+        max_drafts=options.max_drafts,
     )
     queue = QueueLimits(
         max_waiting=options.max_waiting,
