@@ -171,10 +171,11 @@ class ChatTemplate:
                 yield part
 
     def _require_given(self, text: str, given: str) -> None:
-        for match in self._special.finditer(text) if self._special else ():
-            if match[0] not in given:
+        # Each token once: a message may spell one a hundred thousand times.
+        for token in {match[0] for match in self._special.finditer(text)} if self._special else ():
+            if token not in given:
                 raise DataError(
-                    f"the chat template makes {match[0]!r} out of parts; a special token is only read where the "
+                    f"the chat template makes {token!r} out of parts; a special token is only read where the "
                     "template spells it whole. Write it out in the template."
                 )
 

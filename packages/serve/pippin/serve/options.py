@@ -134,21 +134,21 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     add("--max-tokens", type=_positive, default=defaults.limits.max_tokens, help="of output (%(default)s)")
     add(
         "--max-timeout",
-        type=_seconds,
+        type=_some_seconds,
         default=defaults.limits.max_timeout_s,
         metavar="S",
         help="no request is served for longer (%(default)g s)",
     )
     add(
         "--slow-reader-timeout",
-        type=_seconds,
+        type=_some_seconds,
         default=defaults.limits.slow_reader_timeout_s,
         metavar="S",
         help="a client that takes nothing for so long is dropped (%(default)g s)",
     )
     add(
         "--stall",
-        type=_seconds,
+        type=_some_seconds,
         default=defaults.stall_s,
         metavar="S",
         help="health is NOT_SERVING after so long without progress (%(default)g s)",
@@ -240,6 +240,12 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} must be 1 or more")
     return number
+
+
+def _some_seconds(text: str) -> float:
+    if _seconds(text) == 0:
+        raise argparse.ArgumentTypeError("it must be more than 0 seconds")
+    return _seconds(text)
 
 
 def _seconds(text: str) -> float:

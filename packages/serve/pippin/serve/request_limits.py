@@ -9,6 +9,8 @@ class RequestLimits:
 
     max_tokens: int = 8192  # of output, of each completion
     max_n: int = 16  # completions
+    max_messages: int = 1024  # of a conversation
+    max_violations: int = 32  # told of one request
     max_prompt_bytes: int = 1 << 20  # of text; tokenizing it holds a thread
     max_stop: int = 16  # texts, and ids likewise
     max_stop_bytes: int = 256  # of each text: as much may be held back from the stream

@@ -16,6 +16,7 @@ from pippin.serve.engine.request import Output, Request, Timing
 
 _WINDOW_S = 10.0
 _EVERY_S = 0.5
+_MOST = 100_000  # events that are kept, whether or not anybody looks
 _WIDTH = 40  # of a bar
 
 
@@ -25,14 +26,14 @@ class Top:
     def __init__(self, name: str, max_requests: int, load: Callable[[], Load], clock: Callable[[], float]):
         self._name, self._max_requests, self._load, self._clock = name, max_requests, load, clock
         self._lock = threading.Lock()
-        self._steps: collections.deque[tuple[float, float, float]] = (
-            collections.deque()
+        self._steps: collections.deque[tuple[float, float, float]] = collections.deque(
+            maxlen=_MOST
         )  # when, tokens, seconds
-        self._tokens: collections.deque[tuple[float, float]] = (
-            collections.deque()
+        self._tokens: collections.deque[tuple[float, float]] = collections.deque(
+            maxlen=_MOST
         )  # when, seconds since the last
-        self._first: collections.deque[tuple[float, float]] = (
-            collections.deque()
+        self._first: collections.deque[tuple[float, float]] = collections.deque(
+            maxlen=_MOST
         )  # when, seconds since arrival
         self._ended: collections.Counter[str] = collections.Counter()  # finish reason -> requests
         self._stopped = threading.Event()

@@ -59,7 +59,7 @@ class Validator:
 
     def require(self, holds: bool, field: str, rule: str) -> None:
         """Notes a rule that is broken."""
-        if not holds:
+        if not holds and len(self.violations) < self._limits.max_violations:
             self.violations.append(Violation(self._path + field, rule))
 
     def check(self) -> None:
@@ -97,7 +97,10 @@ class Validator:
             raise UnsupportedError(
                 "The model has no chat template (GetModel names no CAPABILITY_CHAT). Send `text` instead."
             )
-        self.require(len(chat.messages) > 0, "chat.messages", "must hold at least one message")
+        count, most = len(chat.messages), self._limits.max_messages
+        self.require(0 < count <= most, "chat.messages", f"must hold 1 to {most} messages, not {count}")
+        if count > most:
+            return Chat(())  # before each is looked at
         for i, message in enumerate(chat.messages):
             rule = f"must be one of {', '.join(_ROLES)}"
             self.require(message.role in _ROLES, f"chat.messages[{i}].role", rule)

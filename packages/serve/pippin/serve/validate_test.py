@@ -133,6 +133,25 @@ def test_a_prompt_that_is_none_is_named(fields, path):
     assert broken(**fields) == [path]
 
 
+def test_a_conversation_of_too_many_messages_is_refused_before_they_are_looked_at():
+    many = pb.Chat(messages=[pb.ChatMessage()] * 200_000)
+    assert broken(chat=many) == ["chat.messages"]
+
+
+def test_no_more_is_told_than_somebody_reads():
+    assert (
+        len(
+            broken(
+                text="a",
+                stop_token_ids=[-1] * 16,
+                stop=[""] * 16,
+                logit_bias={-i: 0.0 for i in range(1, 200)},
+            )
+        )
+        == 32
+    )
+
+
 def test_everything_that_is_wrong_is_told_at_once():
     assert broken(text="", max_tokens=0, top_p=2.0, stop=["", "a"], n=99) == [
         "text",

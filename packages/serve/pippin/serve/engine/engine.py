@@ -17,6 +17,9 @@ _log = logging.getLogger(__name__)
 
 # How long `stop` waits for the step that is being computed.
 _LAST_STEP_S = 10.0
+# So many steps that fail one after the other are not the fault of requests.
+_MANY_FAILURES = 64
+_RESET_AGAIN_S = 1.0
 
 OnOutput = Callable[[Output], None]
 
@@ -70,7 +73,7 @@ class _Stream:
     """Where the tokens of a request go."""
 
     def __init__(self, request: Request, on_output: OnOutput, token_bytes: Callable[[int], bytes]):
-        self.on_output = on_output
+        self.request, self.on_output = request, on_output
         wants_text = request.text or request.stop_strings
         self.text = TextStream(token_bytes, request.stop_strings) if wants_text else None
 
@@ -101,6 +104,7 @@ class Engine:
         self._lock = threading.Condition()
         self._draining = self._stopped = False
         self._steps = self._generated = 0
+        self._num_failures = 0  # of steps, since the last one that went well
         self._progress = clock()  # when the last step ended, or work came to an idle engine
         self._tokens_per_s = 0.0  # lately
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
@@ -149,7 +153,9 @@ class Engine:
         """How busy the engine is now."""
         with self._lock:
             scheduler = self._scheduler
-            stalled = bool(self._streams) and self.clock() - self._progress > self.queue.stall_s
+            stands = bool(self._streams) and self.clock() - self._progress > self.queue.stall_s
+            dead = self._thread.ident is not None and not self._thread.is_alive() and not self._stopped
+            stalled = stands or dead or self._num_failures >= _MANY_FAILURES
             return Load(
                 len(scheduler.running),
                 len(scheduler.waiting),
@@ -194,6 +200,12 @@ class Engine:
         # A prompt that is longer than the queue is taken where nothing waits.
         if len(waiting) < queue.max_waiting and (tokens <= queue.max_waiting_tokens or len(waiting) == 0):
             return
+        # Where others fill the queue, there is still a place for who has less than a share of it.
+        shares = waiting.num_tenants + 1
+        own, own_tokens = waiting.waiting(request.tenant)
+        own_tokens += len(request.prompt)
+        if own < queue.max_waiting // shares and own_tokens <= queue.max_waiting_tokens // shares:
+            return
         retry_after_s = min(60.0, max(1.0, waiting.num_tokens / max(self._tokens_per_s, 1.0)))
         raise QueueFullError(
             f"{len(waiting)} requests with {waiting.num_tokens} tokens wait already, of {queue.max_waiting} and "
@@ -222,15 +234,47 @@ class Engine:
             self._step(rows)
 
     def _start_over(self) -> None:
-        """Ends all requests, whatever state they are in, and forgets everything."""
+        """Ends all requests, whatever state they are in, and forgets them."""
         with self._lock:
+            now = self.clock()
             for request_id, stream in self._streams.items():
-                self._outbox.append((stream.on_output, Output(request_id, finish_reason=FinishReason.FAILED)))
+                self._part(
+                    stream,
+                    Output(request_id, finish_reason=FinishReason.FAILED),
+                    Timing(now, None, None, now),
+                )
             self._streams.clear()
             self._suspects.clear()
             self._scheduler = Scheduler(self.limits)
+            self._num_failures += 1
             self._lock.notify_all()
-        self._runner.reset()
+        self._deliver()
+        self._reset_runner()
+
+    def _reset_runner(self) -> None:
+        """Makes the cache anew, again and again until it can be made."""
+        while not self._stopped:
+            try:
+                self._runner.reset()
+                return
+            except Exception:  # noqa: BLE001  without a cache there is nothing to go on with
+                _log.exception("the cache cannot be made anew; trying again in %g s", _RESET_AGAIN_S)
+                self._num_failures = max(self._num_failures, _MANY_FAILURES)
+                time.sleep(_RESET_AGAIN_S)
+
+    def _part(self, stream: _Stream, output: Output, timing: Timing) -> None:
+        """Hands over a request's last output."""
+        self._outbox.append((stream.on_output, output))
+        self._tell(lambda observer: observer.on_finish(stream.request, output, timing))
+
+    def _tell(self, tell: Callable[[Observer], None]) -> None:
+        """Tells the observer something. What it does wrong is not the requests' fault."""
+        if self.observer is None:
+            return
+        try:
+            tell(self.observer)
+        except Exception:  # noqa: BLE001  metrics are not worth a request
+            _log.exception("the observer failed")
 
     def _step(self, rows: Sequence[Row]) -> None:
         start = self.clock()
@@ -244,15 +288,15 @@ class Engine:
         num_tokens = sum(len(row.tokens) for row in rows)
         with self._lock:
             self._steps += 1
+            self._num_failures = 0
             self._progress = now
             rate = num_tokens / max(now - start, 1e-6)
             self._tokens_per_s = rate if not self._tokens_per_s else 0.9 * self._tokens_per_s + 0.1 * rate
             self._clear_suspect(rows)
             gaps = self._advance(rows, sampled, now)
         self._deliver()
-        if self.observer is not None:
-            self.observer.on_step(num_tokens, len(rows), now - start)
-            self.observer.on_tokens(gaps)
+        self._tell(lambda observer: observer.on_step(num_tokens, len(rows), now - start))
+        self._tell(lambda observer: observer.on_tokens(gaps))
 
     def _advance(self, rows: Sequence[Row], sampled: Sequence[Sequence[Sampled]], now: float) -> list[float]:
         """Tells each request its tokens. The result: how long after the one before each came, in seconds."""
@@ -277,8 +321,8 @@ class Engine:
         gaps = []
         if generation.first_token is None:
             generation.first_token = now
-            if self.observer is not None:
-                self.observer.on_first_token(generation.request, now - generation.arrived)
+            first_s = now - generation.arrived
+            self._tell(lambda observer: observer.on_first_token(generation.request, first_s))
         else:
             gaps.append(now - generation.last_token)
         generation.last_token = now
@@ -330,10 +374,8 @@ class Engine:
         if request_id in self._suspects:
             self._suspects.remove(request_id)
         output = Output(request_id, text, tokens, reason, matched, _usage(generation))
-        if self.observer is not None:
-            times = Timing(generation.arrived, generation.scheduled, generation.first_token, self.clock())
-            self.observer.on_finish(generation.request, output, times)
-        self._outbox.append((stream.on_output, output))
+        times = Timing(generation.arrived, generation.scheduled, generation.first_token, self.clock())
+        self._part(stream, output, times)
         self._lock.notify_all()
 
     def _expire(self) -> None:
@@ -346,13 +388,15 @@ class Engine:
     def _recover(self, rows: Sequence[Row]) -> None:
         """After a step that failed: one request is computed a step, until each had its step or made it fail."""
         with self._lock:
-            self._progress = self.clock()
-            if len(rows) == 1 and rows[0].request_id in self._scheduler:
-                self._end(rows[0].request_id, FinishReason.FAILED)
+            self._num_failures += 1
+            # Not one that came since, under the id of one that was cancelled.
+            there = [row.request_id for row in rows if row.request_id in self._scheduler.running]
+            if len(rows) == 1 and there:
+                self._end(there[0], FinishReason.FAILED)
             elif not self._suspects:
-                self._suspects.extend(row.request_id for row in rows if row.request_id in self._scheduler)
+                self._suspects.extend(there)
             self._scheduler.reset()
-        self._runner.reset()
+        self._reset_runner()
 
     def _clear_suspect(self, rows: Sequence[Row]) -> None:
         """A request whose step went well, up to its next token, did not make one fail."""

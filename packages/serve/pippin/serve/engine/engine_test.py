@@ -222,6 +222,68 @@ def test_an_engine_that_is_itself_at_fault_starts_over(make_engine, monkeypatch)
     assert text(submit(engine).wait()) == bytes(answer(b"hello", 6)).decode()
 
 
+def test_who_fills_the_queue_leaves_a_place_for_others(make_engine):
+    engine, runner = make_engine(queue=QueueLimits(max_waiting=6))
+    runner.hold.clear()
+    submit(engine, "first", tenant="a")
+    wait_for(lambda: engine.load().num_running == 1)
+    for i in range(6):
+        submit(engine, f"a{i}", tenant="a")
+    with pytest.raises(QueueFullError):
+        submit(engine, "more", tenant="a")
+    callers = [submit(engine, f"b{i}", tenant="b") for i in range(2)]
+    with pytest.raises(QueueFullError):
+        submit(engine, "b2", tenant="b")
+    runner.hold.set()
+    for caller in callers:
+        assert caller.wait()[-1].finish_reason is FinishReason.LENGTH
+
+
+def test_a_cache_that_cannot_be_made_is_tried_again_and_health_says_so(make_engine, monkeypatch):
+    monkeypatch.setattr("pippin.serve.engine.engine._RESET_AGAIN_S", 0.01)
+    engine, runner = make_engine()
+    there_is_room = threading.Event()
+    reset = runner.reset
+
+    def fail():
+        if not there_is_room.is_set():
+            raise MemoryError
+        reset()
+
+    runner.reset = fail
+    runner.broken.add("bad")
+    bad = submit(engine, "bad")
+    wait_for(lambda: engine.load().stalled)
+    there_is_room.set()
+    assert bad.wait()[-1].finish_reason is FinishReason.FAILED
+    assert submit(engine, "good").wait()[-1].finish_reason is FinishReason.LENGTH
+    assert not engine.load().stalled
+
+
+def test_steps_that_always_fail_are_not_taken_for_progress(make_engine):
+    engine, runner = make_engine()
+    for i in range(64):
+        assert not engine.load().stalled
+        runner.broken.add(str(i))
+        assert submit(engine, str(i)).wait()[-1].finish_reason is FinishReason.FAILED
+    assert engine.load().stalled
+    assert submit(engine, "good").wait()[-1].finish_reason is FinishReason.LENGTH
+    assert not engine.load().stalled
+
+
+class _Faulty:
+    def __getattr__(self, name):
+        def fail(*_):
+            raise RuntimeError(f"{name} is at fault")
+
+        return fail
+
+
+def test_what_an_observer_does_wrong_is_no_requests_fault(make_engine):
+    engine, _ = make_engine(observer=_Faulty())
+    assert text(submit(engine).wait()) == bytes(answer(b"hello", 6)).decode()
+
+
 class _Broken:
     def write_mask(self, allowed):
         raise NotImplementedError

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from pippin.core.errors import ConfigError
 from pippin.serve.engine.drafter import Drafter
 from pippin.serve.engine.page_pool import PagePool, prefix_keys
 from pippin.serve.engine.request import Constraint, Request, Sampling
@@ -28,6 +29,12 @@ class Limits:
     reuse_answers: bool = False
     max_drafts: int = 4  # guesses of an answer's next tokens in a step; 0: none
     aging_s: float = 10.0  # who waits so long is as urgent as who came now with a priority higher by one
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens < self.row_tokens or self.chunk_tokens % self.row_tokens:
+            raise ConfigError(
+                f"chunk_tokens is {self.chunk_tokens}: it must be a multiple of {self.row_tokens}, and not 0."
+            )
 
     @property
     def max_context(self) -> int:
@@ -276,8 +283,9 @@ class Scheduler:
             self._release(generation)
             self.waiting.put_back(generation)
             return None
-        self.prefix_queries += len(generation.tokens)
-        self.prefix_hits += generation.num_computed
+        if generation.scheduled is None:  # what it finds of its own later on says nothing of prefixes
+            self.prefix_queries += len(generation.tokens)
+            self.prefix_hits += generation.num_computed
         self.running[generation.request.request_id] = generation
         return generation
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pippin.core.errors import ConfigError
 from pippin.serve.engine.request import Request, Sampling
 from pippin.serve.engine.scheduler import Limits, Scheduler
 from pippin.serve.engine.testing import FakeRunner, answer
@@ -220,6 +221,12 @@ def test_drafts_take_only_rows_that_would_be_padding():
     while world.scheduler.generations():
         rows = [row for row in world.step() if not row.is_prompt]
         assert sum(len(row.tokens) for row in rows) <= (4 if len(rows) <= 4 else 8)
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 2, 6])
+def test_a_chunk_that_holds_no_whole_rows_is_refused(chunk_tokens):
+    with pytest.raises(ConfigError, match=f"chunk_tokens is {chunk_tokens}: it must be a multiple of 4"):
+        dataclasses.replace(LIMITS, chunk_tokens=chunk_tokens)
 
 
 def test_preemption_for_want_of_pages_loses_nothing():

@@ -89,6 +89,11 @@ class WaitingQueue[T: Waiter]:
         ]
         return min(waiting, key=lambda entry: entry[:2])[2] if waiting else None
 
+    def waiting(self, tenant: str) -> tuple[int, int]:
+        """How many requests of a tenant wait, and their tokens."""
+        waiting = self._tenants[tenant].waiting if tenant in self._tenants else []
+        return len(waiting), sum(waiter.num_waiting_tokens for waiter in waiting)
+
     def served(self, tenant: str) -> float:
         """What a tenant got, in tokens; only differences between tenants mean something."""
         return self._tenants[tenant].served

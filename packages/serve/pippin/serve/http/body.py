@@ -50,11 +50,15 @@ def parse_object(data: bytes, max_depth: int) -> dict[str, Any]:
     Raises:
         Problem: it is none.
     """
+    try:
+        text = data.decode()  # JSON's parser would also take UTF-16, whose brackets are others
+    except UnicodeDecodeError:
+        raise Problem(400, "The body is not JSON: it is no UTF-8 text.") from None
     brackets = _STRING.sub(b"", data).translate(None, _NOT_BRACKETS)
     if max(itertools.accumulate(map(_STEPS.__getitem__, brackets)), default=0) > max_depth:
         raise Problem(400, f"The body is nested deeper than {max_depth} levels. Send it flatter.")
     try:
-        found = json.loads(data, parse_constant=_refuse_constant, parse_float=_finite)
+        found = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except ValueError as error:
         where = f" (character {error.pos})" if isinstance(error, json.JSONDecodeError) else ""
         raise Problem(400, f"The body is not JSON{where}. NaN and Infinity are none, too.") from None

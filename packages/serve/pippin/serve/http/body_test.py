@@ -56,6 +56,13 @@ def test_nesting_is_counted_outside_of_texts_only():
         parse_object(b'{"c":' + b"[" * 100_000, 64)
 
 
+def test_other_encodings_are_refused_before_their_brackets_could_be_miscounted():
+    # In UTF-16, a byte of a letter looks like the quotes that end a text.
+    for encoding in ("utf-16", "utf-16-le", "utf-32"):
+        with pytest.raises(Problem, match="JSON"):
+            parse_object(('{"a":"\u0122","b":' + "[" * 900 + "]" * 900 + "}").encode(encoding), 64)
+
+
 @pytest.mark.parametrize("piece", [b'\\"', b'"', b"[]", b"[],", b'"\\'])
 def test_no_body_takes_long_to_refuse(piece):
     data = b'{"a":"' + piece * (1_000_000 // len(piece))

@@ -6,6 +6,7 @@ from typing import Any
 from pippin.serve.errors import Violation
 
 _MAX_NAME = 64
+_MAX_VIOLATIONS = 32
 
 
 def is_text(value: Any) -> bool:
@@ -76,8 +77,9 @@ class Fields:
         return None if value is None else Fields(value, self.violations, f"{self.path}{name}.")
 
     def wrong(self, name: str, rule: str) -> None:
-        """Notes a rule that a field breaks."""
-        self.violations.append(Violation(self.path + name, rule))
+        """Notes a rule that a field breaks, of the first ones."""
+        if len(self.violations) < _MAX_VIOLATIONS:
+            self.violations.append(Violation(self.path + name, rule))
 
     def finish(self, nothing: Mapping[str, tuple[Any, ...]], harmless: frozenset[str]) -> None:
         """Notes what was not taken, but where it asks for nothing."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from pippin.serve.errors import InvalidRequestError, Violation
 from pippin.serve.http.fields import Fields, is_text
+from pippin.serve.request_limits import RequestLimits
 from pippin.v1 import inference_pb2 as pb
 
 # Fields that are the same in the message.
@@ -85,7 +86,9 @@ def chat_question(values: Mapping[str, Any]) -> Question:
     """
     fields, request = Fields(values), pb.GenerateRequest()
     request.chat.SetInParent()
-    for i, message in enumerate(fields.take("messages", "an array", required=True) or ()):
+    messages = fields.take("messages", "an array", required=True) or ()
+    # One more than are taken, for the rules to find.
+    for i, message in enumerate(messages[: RequestLimits().max_messages + 1]):
         if isinstance(message, dict):
             of_message = Fields(message, fields.violations, f"messages[{i}].")
             _chat_message(of_message, request.chat.messages.add())
