@@ -17,6 +17,7 @@ from pippin.core.module import flatten_params, merge, parameter_infos, split, un
 from pippin.layers.causal_lm_config import FloatType
 from pippin.layers.generate import generate
 from pippin.layers.huggingface import save_huggingface
+from pippin.layers.kernel_config import BlockwiseKernelConfig, ReferenceKernelConfig, SplashKernelConfig
 from pippin.layers.linear_config import LinearConfig
 from pippin.layers.models.llama import smollm2_135m
 from pippin.serve.engine.engine import QueueLimits
@@ -118,6 +119,13 @@ def test_a_hugging_face_folder_tells_its_context_and_is_computed_in_float32(tmp_
 def test_activations_of_bfloat16_are_float32_on_a_cpu(tmp_path):
     cfg = _CFG.set(activation_dtype=FloatType.BFLOAT16)
     model = _open(save_bundle(tmp_path / "half", cfg, _params()))
+    assert _answer(model, [5, 6, 7], text=False)[1] == _expected((5, 6, 7))
+
+
+@pytest.mark.parametrize("kernel", [BlockwiseKernelConfig(), SplashKernelConfig(), ReferenceKernelConfig()])
+def test_a_model_with_the_kernels_of_another_machine_is_served(tmp_path, kernel):
+    cfg = override(_CFG, {"decoder.layer.attention.kernel": kernel})
+    model = _open(save_bundle(tmp_path / "trained", cfg, _params()))
     assert _answer(model, [5, 6, 7], text=False)[1] == _expected((5, 6, 7))
 
 

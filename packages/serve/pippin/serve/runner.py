@@ -13,10 +13,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pippin.core.config import Config
+from pippin.core.config_tree import transform
 from pippin.core.module import Params, merge, split
 from pippin.layers.cache_paged import assign_pages
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.context import Cache
+from pippin.layers.kernel_config import SelectKernelConfig
 from pippin.layers.kernel_paged_config import paged
 from pippin.layers.unrolled import unrolled, untied
 from pippin.serve.engine.request import Sampled
@@ -55,7 +58,7 @@ class ModelRunner:
     def __init__(self, cfg: CausalLMConfig, params: Mapping[str, Any], limits: Limits):
         """Takes a model's config and its parameters."""
         cfg, params = untied(*unrolled(cfg, params))
-        cfg = paged(page_size=limits.page_size, num_pages=limits.num_pages)(cfg)
+        cfg = _in_pages(cfg, limits.page_size, limits.num_pages)
         self.limits = limits
         self._table_size = -(-limits.max_context // limits.page_size)
         definition, _ = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
@@ -154,9 +157,21 @@ class ModelRunner:
         return tokens, positions, tables, read
 
 
+def _in_pages(cfg: CausalLMConfig, page_size: int, num_pages: int) -> CausalLMConfig:
+    """The same model with a cache in pages, whose attention is computed by what suits this machine.
+
+    A model may come with the kernels that suited the one that trained it.
+    """
+
+    def choose(node: Config) -> Config:
+        return SelectKernelConfig() if node.PROVIDES == "attention_kernel" else node
+
+    return paged(page_size=page_size, num_pages=num_pages)(transform(cfg, choose))
+
+
 def page_bytes(cfg: CausalLMConfig, page_size: int) -> int:
     """What one page of the cache of a model takes, in all its layers."""
-    cfg = paged(page_size=page_size, num_pages=1)(cfg)
+    cfg = _in_pages(cfg, page_size, 1)
     definition, params = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
     cache = jax.eval_shape(partial(_empty_cache, definition, page_size), params)
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache) if a.dtype != jnp.int32)
