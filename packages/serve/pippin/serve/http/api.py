@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from pippin.serve.call import Call
-from pippin.serve.engine.request import FinishReason, Output
+from pippin.serve.endings import SUCCESS
+from pippin.serve.engine.request import Output
 from pippin.serve.errors import InvalidRequestError, RequestError, UnfinishedError, Violation
 from pippin.serve.frontend import Frontend, collect
 from pippin.serve.http.answer import Answer, ChatAnswer, CompletionAnswer
@@ -29,7 +30,6 @@ from pippin.serve.validate import validate_batch, validate_generate
 from pippin.v1 import inference_pb2 as pb
 
 _ID_HEADER = "x-request-id"
-_SUCCESS = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 class OpenAIApi:
@@ -114,7 +114,7 @@ class OpenAIApi:
             ]
         for output in outputs:
             assert output.finish_reason is not None, "the last output"
-            if output.finish_reason not in _SUCCESS:
+            if output.finish_reason not in SUCCESS:
                 raise UnfinishedError(output.finish_reason)
         return outputs
 
@@ -131,7 +131,7 @@ class OpenAIApi:
         failed = None
         async with generation:
             async for index, output in generation:
-                if output.finish_reason is not None and output.finish_reason not in _SUCCESS:
+                if output.finish_reason is not None and output.finish_reason not in SUCCESS:
                     failed = failed or output.finish_reason
                     output = dataclasses.replace(output, finish_reason=None)
                     if not output.tokens:

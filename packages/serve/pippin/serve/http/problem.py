@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from pippin.core.errors import PippinError
+from pippin.serve.endings import MESSAGES, RETRY_STOPPING_S
 from pippin.serve.engine.request import FinishReason
 from pippin.serve.errors import (
     DrainingError,
@@ -26,8 +27,6 @@ from pippin.serve.errors import (
 _log = logging.getLogger(__name__)
 
 _MAX_MESSAGE = 2000
-# By then another replica has the traffic.
-_RETRY_STOPPING_S = 1.0
 # Status -> OpenAI's `type`.
 _TYPES = {
     401: "authentication_error",
@@ -51,12 +50,12 @@ _ERRORS: dict[type[Exception], tuple[int, str]] = {
     DrainingError: (503, "draining"),
 }
 
-# Why a completion ended, where that is no success -> status, code, message.
-_FINISHES: dict[FinishReason, tuple[int, str, str]] = {
-    FinishReason.CANCELLED: (499, "cancelled", "The request was cancelled."),
-    FinishReason.DEADLINE: (504, "deadline", "The request's deadline passed."),
-    FinishReason.FAILED: (500, "engine", "The server could not compute the next token."),
-    FinishReason.SHUTDOWN: (503, "shutdown", "The server stopped. Ask another one."),
+# Why a completion ended, where that is no success -> status, code.
+_FINISHES: dict[FinishReason, tuple[int, str]] = {
+    FinishReason.CANCELLED: (499, "cancelled"),
+    FinishReason.DEADLINE: (504, "deadline"),
+    FinishReason.FAILED: (500, "engine"),
+    FinishReason.SHUTDOWN: (503, "shutdown"),
 }
 
 
@@ -114,9 +113,9 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, HTTPException):  # of the router: no such path, or method
         return Problem(error.status_code, error.detail, headers=error.headers)
     if isinstance(error, UnfinishedError):
-        status, code, message = _FINISHES[error.reason]
+        (status, code), message = _FINISHES[error.reason], MESSAGES[error.reason]
         stops = error.reason is FinishReason.SHUTDOWN
-        return Problem(status, message, code=code, headers=_retry_after(_RETRY_STOPPING_S) if stops else None)
+        return Problem(status, message, code=code, headers=_retry_after(RETRY_STOPPING_S) if stops else None)
     if type(error) not in _ERRORS:
         error_id = secrets.token_hex(8)
         _log.error("error %s", error_id, exc_info=error)
@@ -132,7 +131,7 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, QueueFullError):
         headers = _retry_after(error.retry_after_s)
     elif isinstance(error, DrainingError):
-        headers = _retry_after(_RETRY_STOPPING_S)
+        headers = _retry_after(RETRY_STOPPING_S)
     return Problem(status, str(error), code=code, headers=headers)
 
 

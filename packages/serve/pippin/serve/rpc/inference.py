@@ -10,6 +10,7 @@ import grpc.aio
 from google.protobuf import duration_pb2
 
 from pippin.serve.call import Prompt
+from pippin.serve.endings import SUCCESS
 from pippin.serve.engine.request import FinishReason, Output, Sampled, Usage
 from pippin.serve.errors import UnfinishedError, UnsupportedError
 from pippin.serve.frontend import Frontend, Generation, collect
@@ -28,7 +29,6 @@ _REASONS = {
     FinishReason.FAILED: pb.FINISH_REASON_FAILED,
     FinishReason.SHUTDOWN: pb.FINISH_REASON_SHUTDOWN,
 }
-_SUCCESS = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 class InferenceService:
@@ -62,7 +62,7 @@ class InferenceService:
                     yield pb.GenerateResponse(delta=_delta(index, output))
                 if output.finish_reason is not None:
                     yield pb.GenerateResponse(finished=_finished(index, output))
-                    if output.finish_reason not in _SUCCESS and unfinished is None:
+                    if output.finish_reason not in SUCCESS and unfinished is None:
                         unfinished = UnfinishedError(output.finish_reason)
         if unfinished is not None:
             raise unfinished

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from pippin.serve.endings import MESSAGES, RETRY_STOPPING_S
 from pippin.serve.engine.request import FinishReason
 from pippin.serve.errors import (
     DrainingError,
@@ -32,8 +33,6 @@ _log = logging.getLogger(__name__)
 _DOMAIN = "pippin"
 # Many clients refuse trailers of more than 8 KB; the details are sent in base 64, beside the message.
 _MAX_DETAIL_BYTES, _MAX_DESCRIPTION, _MAX_MESSAGE = 3000, 400, 500
-# By then another replica has the traffic.
-_RETRY_STOPPING_S = 1.0
 
 # A kind of error -> code, and the reason in ErrorInfo.
 _ERRORS: dict[type[Exception], tuple[int, str]] = {
@@ -47,12 +46,12 @@ _ERRORS: dict[type[Exception], tuple[int, str]] = {
     NotFoundError: (code_pb2.NOT_FOUND, "NOT_FOUND"),
 }
 
-# Why a completion ended, where that is no success -> code, reason, message.
-_FINISHES: dict[FinishReason, tuple[int, str, str]] = {
-    FinishReason.CANCELLED: (code_pb2.CANCELLED, "CANCELLED", "The request was cancelled."),
-    FinishReason.DEADLINE: (code_pb2.DEADLINE_EXCEEDED, "DEADLINE", "The request's deadline passed."),
-    FinishReason.FAILED: (code_pb2.INTERNAL, "ENGINE", "The server could not compute the next token."),
-    FinishReason.SHUTDOWN: (code_pb2.UNAVAILABLE, "SHUTDOWN", "The server stopped. Ask another one."),
+# Why a completion ended, where that is no success -> code, reason.
+_FINISHES: dict[FinishReason, tuple[int, str]] = {
+    FinishReason.CANCELLED: (code_pb2.CANCELLED, "CANCELLED"),
+    FinishReason.DEADLINE: (code_pb2.DEADLINE_EXCEEDED, "DEADLINE"),
+    FinishReason.FAILED: (code_pb2.INTERNAL, "ENGINE"),
+    FinishReason.SHUTDOWN: (code_pb2.UNAVAILABLE, "SHUTDOWN"),
 }
 
 
@@ -62,7 +61,7 @@ def status_of(error: Exception) -> status_pb2.Status:
     Only a PippinError was written for callers: of any other they get an id, under which the log has it.
     """
     if isinstance(error, UnfinishedError):
-        code, reason, message = _FINISHES[error.reason]
+        (code, reason), message = _FINISHES[error.reason], MESSAGES[error.reason]
     elif type(error) in _ERRORS:
         (code, reason), message = _ERRORS[type(error)], str(error)
         if isinstance(error, RequestError):
@@ -112,7 +111,7 @@ def _details(error: Exception) -> list[Message]:
         return [error_details_pb2.QuotaFailure(violations=[violation]), _retry(error.retry_after_s)]
     stops = isinstance(error, UnfinishedError) and error.reason is FinishReason.SHUTDOWN
     if stops or isinstance(error, DrainingError):
-        return [_retry(_RETRY_STOPPING_S)]
+        return [_retry(RETRY_STOPPING_S)]
     return []
 
 
