@@ -10,19 +10,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import logging
-import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by it
-import numpy as np
-import safetensors
-import safetensors.numpy
 
 from pippin.core import checkpoint_steps, manifest
 from pippin.core.checkpoint_steps import CheckpointSteps
@@ -30,7 +22,8 @@ from pippin.core.component import from_proto, from_text, to_proto
 from pippin.core.config import Config
 from pippin.core.errors import CheckpointError
 from pippin.core.manifest import DamageError
-from pippin.core.stored_array import StoredArray, array_sha256
+from pippin.core.stored_array import StoredArray
+from pippin.core.stored_tensor import StoredTensor, stored_tensor, write_tensors
 from pippin.v1 import model_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -39,18 +32,6 @@ TOKENIZER_FOLDER = "tokenizer"
 CHECKPOINTS_FOLDER = "checkpoints"
 
 Params = dict[str, Any]  # name -> Params or array
-
-# What safetensors stores and NumPy reads back.
-_DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor on disk. `read` checks its values and returns them; it raises `DamageError`."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +97,7 @@ def save_bundle(
     try:
         message = pb.ModelManifest(component=to_proto(component))
         message.provenance.CopyFrom(provenance or manifest.provenance())
-        message.weights.extend(_write_weights(temporary, _flatten(params), max_file_bytes))
+        message.weights.extend(write_tensors(temporary, "model", _flatten(params), max_file_bytes))
         files = sorted({weight.file for weight in message.weights})
         message.files.extend(manifest.describe_file(temporary, temporary / name) for name in files)
         if tokenizer is not None:
@@ -156,12 +137,7 @@ def load_bundle(directory: str | Path) -> Bundle:
     return Bundle(
         directory=directory,
         component=from_proto(message.component),
-        weights={
-            w.name: StoredTensor(
-                tuple(w.shape), np.dtype(w.dtype), functools.partial(_read_weight, directory, w)
-            )
-            for w in message.weights
-        },
+        weights={w.name: stored_tensor(directory, w) for w in message.weights},
         tokenizer=directory / TOKENIZER_FOLDER if message.tokenizer.files else None,
         provenance=message.provenance,
     )
@@ -191,12 +167,6 @@ def open_model(directory: str | Path) -> Bundle:
         f"{directory} holds no model: neither {manifest.FILE_NAME} nor steps in {CHECKPOINTS_FOLDER}/. "
         "Give the directory of a bundle, of a training run, or of one of its steps."
     )
-
-
-def signature(message: pb.ModelManifest) -> str:
-    """Which weights a bundle has; see model.proto."""
-    lines = (f"{w.name} {w.dtype} {'x'.join(map(str, w.shape))} {w.sha256}\n" for w in message.weights)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _open_newest(folder: Path, steps: Iterable[int]) -> Bundle:
@@ -250,34 +220,6 @@ def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return dict(sorted(flat.items()))
 
 
-def _write_weights(folder: Path, arrays: Mapping[str, Any], max_file_bytes: int) -> list[pb.Weight]:
-    groups: list[dict[str, Any]] = [{}]
-    size = 0
-    for name, array in arrays.items():
-        if str(array.dtype) not in _DTYPES:
-            raise CheckpointError(
-                f"{name} is {array.dtype}; a bundle holds {', '.join(_DTYPES)}. Convert it."
-            )
-        nbytes = math.prod(array.shape) * array.dtype.itemsize
-        if groups[-1] and size + nbytes > max_file_bytes:
-            groups.append({})
-            size = 0
-        groups[-1][name] = array
-        size += nbytes
-    weights = []
-    for i, group in enumerate(groups, 1):
-        file = "model.safetensors" if len(groups) == 1 else f"model-{i:05}-of-{len(groups):05}.safetensors"
-        # Row-major, since safetensors writes the memory of an array as it lies there.
-        values = {name: np.asarray(array, order="C") for name, array in group.items()}
-        safetensors.numpy.save_file(values, folder / file)
-        manifest.sync(folder / file)
-        weights += [
-            pb.Weight(name=name, dtype=str(v.dtype), shape=v.shape, file=file, sha256=array_sha256(v))
-            for name, v in values.items()
-        ]
-    return weights
-
-
 def _copy_tokenizer(source: Path, folder: Path) -> list[pb.StoredFile]:
     if not source.is_dir():
         raise CheckpointError(f"{source} is no folder of a tokenizer's files. Give one, or none.")
@@ -287,20 +229,3 @@ def _copy_tokenizer(source: Path, folder: Path) -> list[pb.StoredFile]:
     for path in files:
         manifest.sync(path)
     return [manifest.describe_file(folder, path) for path in files]
-
-
-def _read_weight(directory: Path, weight: pb.Weight) -> np.ndarray:
-    def damage(what: object) -> DamageError:
-        return DamageError(directory, [f"{weight.file}: {weight.name}: {what}"])
-
-    try:
-        # Refuses a header that is longer than the file, and tensors that do not fill the rest of it.
-        with safetensors.safe_open(directory / weight.file, framework="np") as file:
-            values = file.get_tensor(weight.name)
-    except (safetensors.SafetensorError, OSError) as e:
-        raise damage(e) from None
-    if (str(values.dtype), values.shape) != (weight.dtype, tuple(weight.shape)):
-        raise damage(f"is {values.dtype}{list(values.shape)}, not {weight.dtype}{list(weight.shape)}")
-    if array_sha256(values) != weight.sha256:
-        raise damage("the values do not match their SHA-256")
-    return values

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from pippin.core import manifest
-from pippin.core.bundle import Bundle, load_bundle, open_model, save_bundle, signature
+from pippin.core.bundle import Bundle, load_bundle, open_model, save_bundle
 from pippin.core.checkpoint_config import CheckpointerConfig
 from pippin.core.errors import CheckpointError
 from pippin.core.manifest import DamageError
@@ -180,16 +180,6 @@ def test_a_bundle_is_never_overwritten_and_nothing_is_left_of_one_that_failed(tm
     with pytest.raises(CheckpointError, match="'a.b' is no name of a parameter"):
         save_bundle(tmp_path / "b", COMPONENT, {"a.b": np.ones(2)})
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
-
-
-def test_the_signature_says_which_weights_and_nothing_else(tmp_path):
-    def signed(name: str, params: dict, **kwargs) -> str:
-        directory = save_bundle(tmp_path / name, COMPONENT, params, **kwargs)
-        return signature(manifest.read_manifest(directory, pb.ModelManifest))
-
-    first = signed("a", make_params(), provenance=manifest.provenance(source="here"))
-    assert first == signed("b", make_params(), max_file_bytes=1)
-    assert first != signed("c", make_params(seed=1))
 
 
 def test_a_run_its_steps_and_a_bundle_are_opened_alike(tmp_path):

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from pippin.core.bundle import StoredTensor
 from pippin.core.errors import CheckpointError
 from pippin.core.manifest import DamageError
+from pippin.core.stored_tensor import StoredTensor
 
 SUFFIX = ".gguf"
 

@@ -19,9 +19,9 @@ import safetensors
 import safetensors.numpy
 
 from pippin.core import manifest
-from pippin.core.bundle import StoredTensor
 from pippin.core.errors import CheckpointError
 from pippin.core.manifest import DamageError
+from pippin.core.stored_tensor import StoredTensor
 
 CONFIG_FILE = "config.json"
 

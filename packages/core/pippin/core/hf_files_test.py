@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pippin.core.bundle import StoredTensor
 from pippin.core.errors import CheckpointError
 from pippin.core.hf_files import open_weights, read_json_object, save_folder
 from pippin.core.manifest import DamageError
+from pippin.core.stored_tensor import StoredTensor
 
 _VALUES = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pippin.core.bundle import StoredTensor
 from pippin.core.cache_dir import default_cache_dir
 from pippin.core.errors import CheckpointError
 from pippin.core.gguf_file import SUFFIX, GGUFFile, open_gguf
 from pippin.core.gguf_tokenizer import write_tokenizer
 from pippin.core.module import Params
+from pippin.core.stored_tensor import StoredTensor
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.gguf_architecture import ROTATION, config_from_gguf
 from pippin.layers.huggingface import read_params

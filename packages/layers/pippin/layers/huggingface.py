@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from pippin.core.bundle import StoredTensor
 from pippin.core.errors import CheckpointError
 from pippin.core.hf_files import CONFIG_FILE, has_tokenizer, open_weights, read_json_object, save_folder
 from pippin.core.module import (
@@ -23,6 +22,7 @@ from pippin.core.module import (
     parameter_infos,
     unflatten_params,
 )
+from pippin.core.stored_tensor import StoredTensor
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.huggingface_config import config_from_huggingface, config_to_huggingface
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from pippin.core import manifest
-from pippin.core.bundle import CHECKPOINTS_FOLDER, Bundle, StoredTensor
+from pippin.core.bundle import CHECKPOINTS_FOLDER, Bundle
 from pippin.core.bundle import open_model as open_own
 from pippin.core.gguf_file import SUFFIX
 from pippin.core.hf_files import CONFIG_FILE
 from pippin.core.module import flatten_params
+from pippin.core.stored_tensor import StoredTensor
 from pippin.layers import configs as _register  # noqa: F401  stored trees name the components by their types
 from pippin.layers.gguf import GGUFModel, load_gguf
 from pippin.layers.huggingface import HuggingFaceModel, load_huggingface
