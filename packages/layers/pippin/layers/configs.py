@@ -37,9 +37,11 @@ from pippin.layers.linear_config import (
     LinearConfig,
     LoRALinearConfig,
     MatmulType,
+    MultiLoRALinearConfig,
     NormalInitConfig,
     QuantizedLinearConfig,
     lora,
+    multi_lora,
     quantize_matmuls,
 )
 from pippin.layers.moe_config import MoEConfig, TopKRouterConfig
@@ -76,6 +78,7 @@ __all__ = [
     "LoRALinearConfig",
     "MatmulType",
     "MoEConfig",
+    "MultiLoRALinearConfig",
     "NoPEConfig",
     "NormalInitConfig",
     "PagedBlockwiseKernelConfig",
@@ -103,6 +106,7 @@ __all__ = [
     "TransformerLayerConfig",
     "TritonKernelConfig",
     "lora",
+    "multi_lora",
     "paged",
     "quantize_matmuls",
 ]

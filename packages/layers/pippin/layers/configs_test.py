@@ -30,7 +30,7 @@ def _declared() -> dict[str, type]:
 
 def test_every_config_is_exported():
     declared = _declared()
-    assert sorted({*declared, "lora", "paged", "quantize_matmuls", "PAGED_KERNELS"}) == sorted(
+    assert sorted({*declared, "lora", "multi_lora", "paged", "quantize_matmuls", "PAGED_KERNELS"}) == sorted(
         configs.__all__
     )
     assert all(getattr(configs, name) is value for name, value in declared.items())

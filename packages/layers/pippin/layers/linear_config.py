@@ -140,6 +140,44 @@ def lora(rank: int = 16, alpha: float = 16.0, only: str | None = None) -> Modifi
     return modifier
 
 
+class MultiLoRALinearConfig(
+    Config, implementation="pippin.layers.linear_multi_lora:MultiLoRALinear", provides="linear"
+):
+    """A linear map plus, for each row of a batch, one of several low-rank ones: `base(x) + x @ down[i] @ up[i]`.
+
+    For serving a model with many adapters at once. Map 0 is none.
+    """
+
+    input_dim: Required[int] = REQUIRED
+    output_dim: Required[int] = REQUIRED
+    input_axis: str | None = "embed"
+    output_axis: str | None = None
+    base: Annotated[Config, Slot("linear")] = LinearConfig()
+    num_adapters: int = 8
+    rank: int = 16  # of the largest
+
+    def validate(self) -> None:
+        if self.num_adapters < 1 or self.rank < 1:
+            raise ConfigError(
+                f"MultiLoRALinear: num_adapters ({self.num_adapters}) and rank ({self.rank}) must be at least 1."
+            )
+
+
+def multi_lora(num_adapters: int = 8, rank: int = 16) -> Modifier[Any]:
+    """The modifier that gives every linear map of a tree room for so many adapters of at most such a rank.
+
+    A map that has a LoRA of its own keeps it within. Routers stay as they are.
+    """
+    template = MultiLoRALinearConfig(num_adapters=num_adapters, rank=rank)
+
+    def where(cfg: Config) -> bool | None:
+        return False if cfg.PROVIDES == "router" else None
+
+    return lambda cfg: _map_linears(
+        cfg, lambda linear: inherit(template.set(base=linear), linear), where, inside=True
+    )
+
+
 def _map_linears(
     value: Any, change: Callable[[Config], Config], where: Callable[[Config], bool | None], inside: bool
 ) -> Any:

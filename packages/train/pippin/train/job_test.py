@@ -7,13 +7,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from google.protobuf import text_format
 
 from pippin.core.bundle import open_model
 from pippin.core.config_tree import override
 from pippin.core.errors import CheckpointError, ConfigError, DataError
+from pippin.layers.adapter import adapter_of, model_signature
+from pippin.layers.linear_config import lora
 from pippin.train.job import run_job
+from pippin.train.learner.config import RuleConfig
 from pippin.train.ledger import Bucket
 from pippin.train.run_directory import RunDirectory
 from pippin.train.summary import Summary
@@ -144,6 +148,23 @@ def test_a_run_starts_from_the_parameters_of_another(tmp_path: Path) -> None:
     cfg = toy_config(steps=4).set(init_from=str(tmp_path / "first"))
     # The parameters of the run, which are not its averaged ones: so the perplexity is near, and not equal.
     assert run_job(cfg, tmp_path / "second", "toy").untrained < first.untrained / 2
+
+
+def test_a_lora_starts_from_its_base_and_leaves_it_as_it_is(tmp_path: Path) -> None:
+    run_job(toy_config(steps=6), tmp_path / "base", "toy")
+    base = open_model(tmp_path / "base")
+    cfg = toy_config(steps=4)
+    rules = (
+        RuleConfig(component="causal_lm", frozen=True),
+        RuleConfig(component="pippin.layers.LoRALinear", direct=True),
+    )
+    cfg = cfg.set(
+        init_from=str(tmp_path / "base"), model=lora(rank=2)(cfg.model), learner=cfg.learner.set(rules=rules)
+    )
+    run_job(cfg, tmp_path / "tuned", "toy")
+    maps, signature = adapter_of(open_model(tmp_path / "tuned"))
+    assert signature == model_signature(base.params())
+    assert all(np.any(pair.up) for pair in maps.values())
 
 
 def test_a_start_from_a_model_of_other_sizes_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pippin.core.module import Params, flatten_params, parameter_infos, split, u
 from pippin.core.registry import component_name
 from pippin.core.sharding import use_mesh
 from pippin.core.tokenizer import tokenizer_digest
+from pippin.layers.adapter import lora_scales, without_lora
 from pippin.layers.model_files import open_model
 from pippin.train.step import TrainState, make_step
 from pippin.train.trainer_config import TrainerConfig
@@ -98,7 +99,13 @@ class Trainer:
                 f"init_from {source.directory} was trained with another tokenizer, so its ids mean other text. "
                 f"Use its own: --set input.tokenizer=TokenizerFiles --set input.tokenizer.directory={source.tokenizer}."
             )
-        ours = {path: info.shape for path, info in flatten_params(self.infos).items()}
+        # LoRA layers that are not there start as they would anyway: without effect.
+        added = {} if lora_scales(source.component) else lora_scales(self.cfg.model)
+        names = {path: without_lora(path, added) for path in flatten_params(self.infos)}
+        fresh = {path for path in names if path.rpartition(".")[0] in added}
+        ours = {
+            names[path]: info.shape for path, info in flatten_params(self.infos).items() if path not in fresh
+        }
         theirs = {path: weight.shape for path, weight in source.weights.items()}
         if ours != theirs:
             differing = sorted(p for p in ours.keys() | theirs.keys() if ours.get(p) != theirs.get(p))
@@ -108,7 +115,17 @@ class Trainer:
                 f"{path}, of shape {theirs.get(path, 'none')} there and {ours.get(path, 'none')} here. "
                 "Train a model of the same sizes, or leave out init_from."
             )
-        return unflatten_params({path: source.weights[path].read().astype(np.float32) for path in ours})
+        drawn = jax.jit(
+            lambda: {p: a for p, a in flatten_params(self._init().params).items() if p in fresh}
+        )()
+        return unflatten_params(
+            {
+                path: np.asarray(drawn[path])
+                if path in fresh
+                else source.weights[name].read().astype(np.float32)
+                for path, name in names.items()
+            }
+        )
 
     @cached_property
     def template(self) -> TrainState:
