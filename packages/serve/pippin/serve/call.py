@@ -40,4 +40,5 @@ class Call:
     constraint_field: str = "json_schema"
     priority: int = 0
     cache_salt: str = ""
+    adapter: str | None = None  # None: the base model
     timeout_s: float | None = None

@@ -124,6 +124,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--top-k", type=int, help="only the so many most likely tokens")
     add("--top-p", type=float, help="only the most likely tokens with this probability together")
     add("--seed", type=int, help="the same seed gives the same text")
+    add("--adapter", metavar="NAME", help="an adapter that the server has loaded")
     add("--stop", action="append", default=[], help="a text that ends the output; may be given several times")
     add("--token-file", type=pathlib.Path, help="a file with your token, else $PIPPIN_TOKEN")
     add("--ca", type=pathlib.Path, metavar="PEM", help="use TLS, with this authority")
@@ -159,7 +160,7 @@ def request_of(given: argparse.Namespace) -> pb.GenerateRequest:
     """A request with the flags' parameters and no prompt."""
     # The id stays the same from attempt to attempt, so that no request is served twice.
     request = pb.GenerateRequest(request_id=secrets.token_hex(12), stop=given.stop)
-    for field in ("max_tokens", "temperature", "top_k", "top_p", "seed"):
+    for field in ("max_tokens", "temperature", "top_k", "top_p", "seed", "adapter"):
         if (value := getattr(given, field)) is not None:
             setattr(request, field, value)
     return request

@@ -9,10 +9,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Self
 
 from pippin.core.errors import PippinError
+from pippin.serve.adapters import Loaded
 from pippin.serve.call import Call, Prompt, TokenIds
 from pippin.serve.engine.engine import Engine
 from pippin.serve.engine.request import Constraint, FinishReason, Output, Request
-from pippin.serve.errors import DuplicateError, QueueFullError, RequestError, SlowReaderError
+from pippin.serve.errors import DuplicateError, NotFoundError, QueueFullError, RequestError, SlowReaderError
 from pippin.serve.request_limits import RequestLimits
 from pippin.serve.served_model import ServedModel
 
@@ -31,8 +32,15 @@ class Generation:
     """
 
     def __init__(
-        self, frontend: "Frontend", call: Call, tenant: str, prompt_tokens: int, deadline: float | None
+        self,
+        frontend: "Frontend",
+        call: Call,
+        tenant: str,
+        prompt_tokens: int,
+        deadline: float | None,
+        adapter: Loaded | None,
     ):
+        self.adapter = adapter
         self.request_id, self.seed, self.prompt_tokens = call.request_id, call.sampling.seed, prompt_tokens
         self.n = call.n
         self._frontend, self._tenant, self._deadline = frontend, tenant, deadline
@@ -184,6 +192,8 @@ class Frontend:
         """A generation ended: its id may be used again."""
         if self._open.get((tenant, generation.request_id)) is generation:
             del self._open[tenant, generation.request_id]
+            if generation.adapter is not None and self.model.adapters is not None:
+                self.model.adapters.give_back(generation.adapter)
 
     async def _prepare(
         self, call: Call, tenant: str, arrived: float, deadline: float | None
@@ -197,7 +207,8 @@ class Frontend:
         most = min(call.timeout_s or self.limits.max_timeout_s, self.limits.max_timeout_s)
         deadline = arrived + most if deadline is None else min(deadline, arrived + most)
         max_tokens = self._max_tokens(call, len(prompt))
-        generation = Generation(self, call, tenant, len(prompt), deadline)
+        adapter = self._adapter(call)
+        generation = Generation(self, call, tenant, len(prompt), deadline, adapter)
         self._open[tenant, call.request_id] = generation
         requests = [
             Request(
@@ -212,11 +223,21 @@ class Frontend:
                 cache_salt=call.cache_salt,
                 deadline=deadline,
                 constraint=constraint,
+                adapter=None if adapter is None else adapter.adapter,
                 text=self.model.encode is not None,
             )
             for index, constraint in enumerate(constraints)
         ]
         return generation, requests
+
+    def _adapter(self, call: Call) -> Loaded | None:
+        """What the call named; to be given back."""
+        if call.adapter is None or self.model.adapters is None:
+            return None
+        try:
+            return self.model.adapters.take(call.adapter)
+        except NotFoundError as error:
+            raise RequestError("adapter", str(error)) from error
 
     def _max_tokens(self, call: Call, num_prompt: int) -> int:
         room = self.context_length - num_prompt

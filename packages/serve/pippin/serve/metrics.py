@@ -3,12 +3,14 @@
 A gateway that knows vLLM's names needs only the prefix: queue, running and cache use are what it routes by.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pippin.serve.adapters import Adapters
 from pippin.serve.engine.engine import Load
 from pippin.serve.engine.request import FinishReason, Output, Request, Timing
 
@@ -74,6 +76,10 @@ class Metrics:
         """Tells an engine's load from now on, at the time of each look."""
         self.registry.register(_LoadCollector(load, self._labels["model_name"], self._info))
 
+    def watch_adapters(self, adapters: Adapters) -> None:
+        """Tells which adapters requests may use, at the time of each look: a gateway sends requests where theirs is."""
+        self.registry.register(_AdapterCollector(adapters))
+
     def on_finish(self, request: Request, output: Output, timing: Timing) -> None:
         """See `Observer`."""
         assert output.finish_reason is not None, "the last output"
@@ -115,6 +121,22 @@ class Metrics:
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"pippin:{name}", text, _LABELS, registry=self.registry).labels(**self._labels)
+
+
+class _AdapterCollector(Collector):
+    """Metrics of adapters, in vLLM's form: names in labels, and the time as value."""
+
+    def __init__(self, adapters: Adapters):
+        self._adapters = adapters
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["running_lora_adapters", "waiting_lora_adapters", "max_lora"]
+        metric = GaugeMetricFamily(
+            "pippin:lora_requests_info", "The adapters that are loaded.", labels=labels
+        )
+        names = ",".join(loaded.adapter.name for loaded in self._adapters.loaded())
+        metric.add_metric([names, "", str(self._adapters.count)], time.time())
+        yield metric
 
 
 class _LoadCollector(Collector):

@@ -15,13 +15,16 @@ from pippin.core.chat_template import ChatTemplate, load_chat_template
 from pippin.core.compilation_cache import keep_compiled_programs
 from pippin.core.errors import CheckpointError, ConfigError, DataError
 from pippin.core.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_object
+from pippin.layers.adapter import model_signature
 from pippin.layers.causal_lm_config import CausalLMConfig, FloatType
 from pippin.layers.model_files import open_model
 from pippin.layers.named_models import find_model
+from pippin.serve.adapter_slots import AdapterSlots
+from pippin.serve.adapters import Adapters
 from pippin.serve.constraints import ConstraintCompiler
 from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.engine.scheduler import Limits
-from pippin.serve.runner import ModelRunner, page_bytes
+from pippin.serve.runner import AdapterRoom, ModelRunner, Shape, page_bytes
 from pippin.serve.served_model import Message, ServedModel
 
 _log = logging.getLogger(__name__)
@@ -44,6 +47,21 @@ class Sizes:
     max_requests: int = 32  # served at a time
     chunk_tokens: int = 128  # of prompts in a step
     max_drafts: int = 4  # guesses of an answer's next tokens in a step
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSource:
+    """Where adapters are registered, and how many and how large they may be."""
+
+    directory: Path
+    count: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        if not self.directory.is_dir():
+            raise ConfigError(
+                f"--adapters {self.directory} is no directory. Give the one whose sub-directories are adapters."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +93,13 @@ def find(name_or_path: str | None, directory: Path = Path()) -> Path:
     return max(runs, key=lambda run: run.stat().st_mtime)
 
 
-def open_served(path: Path, sizes: Sizes, queue: QueueLimits, name: str | None = None) -> OpenedModel:
+def open_served(
+    path: Path,
+    sizes: Sizes,
+    queue: QueueLimits,
+    name: str | None = None,
+    adapters: AdapterSource | None = None,
+) -> OpenedModel:
     """The model at a path, with all its programs compiled; logs where the time went.
 
     Raises:
@@ -90,14 +114,22 @@ def open_served(path: Path, sizes: Sizes, queue: QueueLimits, name: str | None =
             f"{path} holds a {type(cfg).__name__}, which is no language model. Give another."
         )
     tokenizer = None if bundle.tokenizer is None else load_tokenizer(bundle.tokenizer)
-    cfg, params = _in_served_dtype(cfg, bundle.params())
+    stored, params = cfg, bundle.params()
+    signature = "" if adapters is None else model_signature(params)
+    paths = jax.tree.map(lambda _: 0, params)
+    cfg, params = _in_served_dtype(cfg, params)
     clock.log("weights and tokenizer")
     limits = _limits(cfg, _context(bundle, sizes), sizes)
-    runner = ModelRunner(cfg, params, limits)
+    room = None if adapters is None else AdapterRoom(adapters.count, adapters.rank)
+    runner = ModelRunner(cfg, params, limits, room)
+    del params  # the runner has its own, in another order
     clock.log(f"cache of {limits.num_pages * limits.page_size} tokens")
-    runner.warm_up(lambda shape, s: _log.info("programs for %d rows of %d tokens: %.1f s", *shape, s))
+    runner.warm_up(_log_program)
     clock.log("all programs")
     served = _served(name or path.absolute().name, cfg, tokenizer, bundle, limits)
+    if adapters is not None:
+        slots = AdapterSlots(runner, stored, paths, signature)
+        served = dataclasses.replace(served, adapters=Adapters(adapters.directory, slots))
     token_bytes = tokenizer.token_bytes if tokenizer else _no_bytes
     _log.info("%s: %d tokens of context, %d at a time", served.name, limits.max_context, limits.max_requests)
     return OpenedModel(Engine(runner, limits, token_bytes, queue=queue), served)
@@ -175,6 +207,11 @@ def _in_served_dtype(cfg: CausalLMConfig, params: Mapping[str, Any]) -> tuple[Ca
         return values.astype(dtype, copy=False) if jax.numpy.issubdtype(values.dtype, np.floating) else values
 
     return cfg, jax.tree.map(cast, dict(params))
+
+
+def _log_program(shape: Shape, seconds: float) -> None:
+    kind = ", with adapters" if shape.with_adapters else ""
+    _log.info("programs for %d rows of %d tokens%s: %.1f s", shape.rows, shape.tokens, kind, seconds)
 
 
 def _no_bytes(token: int) -> bytes:

@@ -10,19 +10,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pippin.core.bundle import save_bundle
+from pippin.core.adapter import save_adapter
+from pippin.core.bundle import load_bundle, save_bundle
 from pippin.core.config_tree import override
 from pippin.core.errors import CheckpointError, ConfigError
 from pippin.core.module import flatten_params, merge, parameter_infos, split, unflatten_params
+from pippin.layers.adapter import adapter_of
 from pippin.layers.causal_lm_config import FloatType
 from pippin.layers.generate import generate
 from pippin.layers.huggingface import save_huggingface
 from pippin.layers.kernel_config import BlockwiseKernelConfig, ReferenceKernelConfig, SplashKernelConfig
-from pippin.layers.linear_config import LinearConfig
+from pippin.layers.linear_config import LinearConfig, lora
 from pippin.layers.models.llama import smollm2_135m
 from pippin.serve.engine.engine import QueueLimits
 from pippin.serve.engine.request import Request, Sampling
-from pippin.serve.model import Sizes, find, open_served
+from pippin.serve.errors import PreconditionError
+from pippin.serve.model import AdapterSource, Sizes, find, open_served
 from pippin.serve.served_model import Message, Regex
 from pippin.serve.tokenizer_testing import TEMPLATE, make_tokenizer, save_tokenizer
 
@@ -133,6 +136,35 @@ def test_a_model_without_a_tokenizer_takes_and_gives_ids(tmp_path):
     model = _open(save_bundle(tmp_path / "bare", _CFG, _params()))
     assert model.served.encode is None and model.served.compile_constraint is None
     assert _answer(model, [5, 6, 7]) == ("", _expected((5, 6, 7)))
+
+
+async def test_an_adapter_fits_the_model_that_it_was_trained_on_and_no_other(tmp_path):
+    tuned = lora(rank=2)(_CFG)
+    infos = flatten_params(parameter_infos(nnx.eval_shape(lambda: tuned.build(rngs=nnx.Rngs(0)))))
+    rng, base = np.random.default_rng(5), flatten_params(_params())
+    params = {
+        path: base[name] if (name := path.replace(".base.", ".")) in base else rng.normal(size=i.shape)
+        for path, i in infos.items()
+    }
+    params = unflatten_params({path: values.astype(np.float32) for path, values in params.items()})
+    maps, signature = adapter_of(load_bundle(save_bundle(tmp_path / "tuned", tuned, params)))
+    (tmp_path / "adapters").mkdir()
+    save_adapter(tmp_path / "adapters" / "good", maps, signature)
+    save_adapter(tmp_path / "adapters" / "other", maps, signature[::-1])
+    bundle = save_bundle(tmp_path / "base", _CFG, _params())
+    source = AdapterSource(tmp_path / "adapters", count=2, rank=2)
+    model = open_served(bundle, _SIZES, QueueLimits(), adapters=source)
+    assert model.served.adapters is not None
+    with pytest.raises(PreconditionError, match="other was made for the model .* Train it on this model"):
+        await model.served.adapters.load("other")
+    good = await model.served.adapters.load("good")
+    definition, _ = split(nnx.eval_shape(lambda: tuned.build(rngs=nnx.Rngs(0))))
+    expected = generate(merge(definition, params), [5, 6, 7], max_new_tokens=8)
+    assert _answer(model, [5, 6, 7], adapter=good.adapter)[1] == list(expected) != _expected((5, 6, 7))
+    narrow = AdapterSource(tmp_path / "adapters", count=2, rank=1)
+    model = open_served(bundle, _SIZES, QueueLimits(), adapters=narrow)
+    with pytest.raises(PreconditionError, match="has rank 2, and there is room for 1.* --max-adapter-rank 2"):
+        await model.served.adapters.load("good")
 
 
 def test_the_tokenizer_of_another_model_is_refused(tmp_path):

@@ -34,6 +34,10 @@ class Options:
     max_requests: int = 32
     chunk_tokens: int = 128
     max_drafts: int = 4
+    adapters: pathlib.Path | None = None
+    load_adapters: tuple[str, ...] = ()
+    max_adapters: int = 8
+    max_adapter_rank: int = 16
     max_waiting: int = 256
     max_waiting_tokens: int = 131_072
     stall_s: float = 60.0
@@ -123,6 +127,28 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         help="guesses of an answer's next tokens in a step; they change no answer (%(default)s)",
     )
     add(
+        "--adapters",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="a directory whose sub-directories are adapters, registered under their names; Admin loads them",
+    )
+    add(
+        "--load-adapter", action="append", default=[], metavar="NAME", help="load it at the start; repeatable"
+    )
+    add(
+        "--max-adapters",
+        type=_positive,
+        default=defaults.max_adapters,
+        help="loaded at a time (%(default)s)",
+    )
+    add(
+        "--max-adapter-rank",
+        type=_positive,
+        default=defaults.max_adapter_rank,
+        metavar="RANK",
+        help="of the largest adapter (%(default)s)",
+    )
+    add(
         "--max-waiting", type=_positive, default=defaults.max_waiting, help="requests that wait (%(default)s)"
     )
     add(
@@ -168,6 +194,8 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         help="how long those taken may then go on (%(default)g s)",
     )
     given = parser.parse_args(argv)
+    if given.load_adapter and given.adapters is None:
+        parser.error("--load-adapter needs --adapters, the directory where the adapter is registered")
     return Options(
         model=given.model,
         host=given.host,
@@ -189,6 +217,10 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         max_requests=given.max_requests,
         chunk_tokens=given.chunk_tokens,
         max_drafts=given.max_drafts,
+        adapters=given.adapters,
+        load_adapters=tuple(given.load_adapter),
+        max_adapters=given.max_adapters,
+        max_adapter_rank=given.max_adapter_rank,
         max_waiting=given.max_waiting,
         max_waiting_tokens=given.max_waiting_tokens,
         stall_s=given.stall,

@@ -5,7 +5,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pippin.core.adapter import LowRank
 from pippin.core.config import Config
-from pippin.core.config_tree import transform
+from pippin.core.config_tree import transform, traverse
+from pippin.core.errors import CheckpointError, ConfigError
 from pippin.core.module import Params, merge, split
 from pippin.layers.cache_paged import assign_pages
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.context import Cache
 from pippin.layers.kernel_config import SelectKernelConfig
 from pippin.layers.kernel_paged_config import paged
+from pippin.layers.linear_config import multi_lora
+from pippin.layers.linear_multi_lora import adapter_shapes, assign_adapters, with_adapter, with_room
+from pippin.layers.stack_config import ParallelTracksConfig
 from pippin.layers.unrolled import unrolled, untied
 from pippin.serve.engine.request import Sampled
 from pippin.serve.engine.scheduler import Limits, Row, doublings
@@ -48,6 +53,22 @@ class _Piece:
         return self.row.after(num_drafts) if num_drafts > 0 else None
 
 
+class Shape(NamedTuple):
+    """Of a program."""
+
+    rows: int
+    tokens: int  # of a row
+    with_adapters: bool = False  # whether any row has one
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterRoom:
+    """How many adapters a model has room for, and of which rank."""
+
+    count: int
+    rank: int
+
+
 class ModelRunner:
     """Computes steps with a model, its cache in pages, and a sampler.
 
@@ -55,11 +76,23 @@ class ModelRunner:
     of operations, whatever rows there are beside: an answer is the same, bit by bit, alone or in a full batch.
     """
 
-    def __init__(self, cfg: CausalLMConfig, params: Mapping[str, Any], limits: Limits):
-        """Takes a model's config and its parameters."""
+    def __init__(
+        self,
+        cfg: CausalLMConfig,
+        params: Mapping[str, Any],
+        limits: Limits,
+        room: AdapterRoom | None = None,
+    ):
+        """Takes a model's config and its parameters.
+
+        Raises:
+            ConfigError: it is to have room for adapters, and has a part that cannot.
+        """
         cfg, params = untied(*unrolled(cfg, params))
+        if room is not None:
+            cfg, params = _with_room(cfg, params, room)
         cfg = _in_pages(cfg, limits.page_size, limits.num_pages)
-        self.limits = limits
+        self.limits, self.room = limits, room
         self._table_size = -(-limits.max_context // limits.page_size)
         definition, _ = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
         self._params: Params = jax.tree.map(jnp.asarray, params)
@@ -67,7 +100,7 @@ class ModelRunner:
         self._step = jax.jit(
             partial(_step, definition), donate_argnums=1, compiler_options=compiler_options()
         )
-        self._programs: dict[tuple[int, int], jax.stages.Compiled] = {}  # shape -> program, once warmed up
+        self._programs: dict[Shape, jax.stages.Compiled] = {}  # shape -> program, once warmed up
         self._sampler = Sampler(cfg.vocab_size)
         self._cache: Cache = self._empty(self._params)
 
@@ -75,6 +108,25 @@ class ModelRunner:
         """Makes the cache anew. What pages held is lost."""
         self._cache = None  # before the new one: two may not fit
         self._cache = self._empty(self._params)
+
+    def put_adapter(self, slot: int, maps: Mapping[str, LowRank]) -> None:
+        """Makes some low-rank maps the adapter in a slot that no row has. Steps may be computed meanwhile.
+
+        Args:
+            slot: from 1.
+            maps: by the path of a linear map, without stacks.
+
+        Raises:
+            CheckpointError: a map has other sizes than the model's.
+        """
+        shapes = adapter_shapes(self._params)
+        for path, (down, up) in maps.items():
+            if (got := (down.shape[0], up.shape[1])) != shapes.get(path):
+                raise CheckpointError(
+                    f"the adapter is for a linear map {path} of {got[0]} inputs and {got[1]} outputs; "
+                    f"the model's has {shapes.get(path, 'no room for one')}."
+                )
+        self._params = with_adapter(self._params, slot, maps)
 
     def run(self, rows: Sequence[Row]) -> list[list[Sampled]]:
         """Computes a step; see `pippin.serve.engine.engine.Runner`."""
@@ -87,21 +139,26 @@ class ModelRunner:
                     sampled[row.request_id].append(result)
         return [sampled[row.request_id] for row in rows]
 
-    def shapes(self) -> list[tuple[int, int]]:
-        """Rows and tokens a row of all programs."""
+    def shapes(self) -> list[Shape]:
+        """Of all programs."""
         return [
-            *((count, 1) for count in self.limits.answer_rows),
-            *((n, self.limits.row_tokens) for n in self._chunk_counts()),
+            Shape(rows, tokens, with_adapters)
+            for with_adapters in ([False] if self.room is None else [False, True])
+            for counts, tokens in (
+                (self.limits.answer_rows, 1),
+                (self._chunk_counts(), self.limits.row_tokens),
+            )
+            for rows in counts
         ]
 
-    def warm_up(self, told: Callable[[tuple[int, int], float], None] = lambda shape, seconds: None) -> None:
+    def warm_up(self, told: Callable[[Shape, float], None] = lambda shape, seconds: None) -> None:
         """Compiles all programs, or gets them from JAX's cache of compiled programs, some at a time.
 
         Args:
             told: gets each shape, and how many seconds it took.
         """
 
-        def compiled(shape: tuple[int, int]) -> tuple[float, jax.stages.Compiled]:
+        def compiled(shape: Shape) -> tuple[float, jax.stages.Compiled]:
             start = time.monotonic()
             program = self._step.lower(self._params, cache, *self._inputs([], shape)).compile()
             return time.monotonic() - start, program
@@ -121,7 +178,7 @@ class ModelRunner:
         size = self.limits.row_tokens
         return doublings(-(-_LEAST_CHUNK_TOKENS // size), self.limits.chunk_tokens // size)
 
-    def _split(self, rows: Sequence[Row]) -> Iterator[tuple[list[_Piece], tuple[int, int]]]:
+    def _split(self, rows: Sequence[Row]) -> Iterator[tuple[list[_Piece], Shape]]:
         """What each program computes, and its shape."""
         size = self.limits.row_tokens
         for counts, tokens, chosen in (
@@ -135,26 +192,42 @@ class ModelRunner:
             ]
             for start in range(0, len(pieces), counts[-1]):
                 part = pieces[start : start + counts[-1]]
-                yield part, (next(n for n in counts if n >= len(part)), tokens)
+                with_adapters = any(piece.row.adapter_slot for piece in part)
+                yield part, Shape(next(n for n in counts if n >= len(part)), tokens, with_adapters)
 
-    def _compute(self, pieces: Sequence[_Piece], shape: tuple[int, int]) -> Float[Array, "R V"]:
+    def _compute(self, pieces: Sequence[_Piece], shape: Shape) -> Float[Array, "R V"]:
         """The logits after the last token of each piece."""
         program = self._programs.get(shape, self._step)
         logits, self._cache = program(self._params, self._cache, *self._inputs(pieces, shape))
         return logits
 
-    def _inputs(self, pieces: Sequence[_Piece], shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
-        """The tokens, positions, tables of pages and places to read of a program."""
-        tokens, read = np.zeros(shape, np.int32), np.zeros(shape[0], np.int32)
-        positions = np.full(shape, -1, np.int32)
-        tables = np.full((shape[0], self._table_size), -1, np.int32)
+    def _inputs(self, pieces: Sequence[_Piece], shape: Shape) -> tuple[np.ndarray, ...]:
+        """The tokens, positions, tables of pages, places to read, and adapters of a program."""
+        size = shape.rows, shape.tokens
+        tokens, read = np.zeros(size, np.int32), np.zeros(shape.rows, np.int32)
+        adapters = np.zeros(shape.rows, np.int32)
+        positions = np.full(size, -1, np.int32)
+        tables = np.full((shape.rows, self._table_size), -1, np.int32)
         for i, piece in enumerate(pieces):
             count, first = piece.stop - piece.start, piece.row.position + piece.start
             tokens[i, :count] = piece.row.tokens[piece.start : piece.stop]
             positions[i, :count] = np.arange(first, first + count)
             tables[i, : len(piece.row.pages)] = piece.row.pages
             read[i] = count - 1
-        return tokens, positions, tables, read
+            adapters[i] = piece.row.adapter_slot
+        return tokens, positions, tables, read, adapters if shape.with_adapters else adapters[:0]
+
+
+def _with_room(cfg: CausalLMConfig, params: Params, room: AdapterRoom) -> tuple[CausalLMConfig, Params]:
+    """The same model with room for adapters in its linear maps."""
+    for _, part in traverse(cfg):
+        if isinstance(part, ParallelTracksConfig):
+            raise ConfigError(
+                "a model with ParallelTracks has no room for adapters. Serve it without --adapters."
+            )
+    roomy = multi_lora(num_adapters=room.count, rank=room.rank)(cfg.set(head=None)).set(head=cfg.head)
+    _, shapes = split(nnx.eval_shape(lambda: roomy.build(rngs=nnx.Rngs(0))))
+    return roomy, with_room(params, shapes, jnp.dtype(cfg.activation_dtype.value))
 
 
 def _in_pages(cfg: CausalLMConfig, page_size: int, num_pages: int) -> CausalLMConfig:
@@ -189,7 +262,8 @@ def _step(
     positions: Int[Array, "R T"],
     tables: Int[Array, "R P"],
     read: Int[Array, " R"],
+    adapters: Int[Array, " A"],
 ) -> tuple[Float[Array, "R V"], Cache]:
-    model = merge(definition, params)
+    model = merge(definition, assign_adapters(params, adapters))
     logits, cache = model.extend_at(tokens, positions, assign_pages(cache, tables), read)
     return logits, assign_pages(cache, tables[:1])  # as it came in, so that its memory is used again

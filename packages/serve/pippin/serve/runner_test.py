@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pippin.core.adapter import LowRank
 from pippin.core.config_tree import override
-from pippin.core.module import merge, split
+from pippin.core.errors import CheckpointError
+from pippin.core.module import flatten_params, merge, split, unflatten_params
 from pippin.layers.causal_lm_config import FloatType
 from pippin.layers.generate import generate
+from pippin.layers.linear_multi_lora import adapter_shapes
 from pippin.layers.models.afm_on_device_2025 import afm_on_device_2025
 from pippin.layers.models.llama import smollm2_135m
+from pippin.layers.unrolled import unrolled
 from pippin.serve.engine.engine import Engine
-from pippin.serve.engine.request import FinishReason, Request, Sampling
+from pippin.serve.engine.request import Adapter, FinishReason, Request, Sampling
 from pippin.serve.engine.scheduler import Limits, Row, Scheduler
-from pippin.serve.runner import ModelRunner
+from pippin.serve.runner import AdapterRoom, ModelRunner
 
 _TINY = override(
     smollm2_135m(),
@@ -77,9 +81,9 @@ def _request(i, *, max_tokens=12, length=None, **sampling):
     return Request(request_id=str(i), prompt=prompt, max_tokens=max_tokens, sampling=given, text=False)
 
 
-def _serve(cfg, requests, limits=_LIMITS):
+def _serve(cfg, requests, limits=_LIMITS, runner=None):
     """The tokens of each request, which are served together."""
-    runner = _runner(cfg, limits)
+    runner = runner or _runner(cfg, limits)
     runner.reset()
     engine = Engine(runner, limits, lambda token: b"")
     outputs: queue.Queue = queue.Queue()
@@ -138,6 +142,66 @@ def test_drafts_change_no_answer(sampling):
     assert _serve(_TINY, requests) == _serve(_TINY, requests, plain)
 
 
+def _maps(seed, rank):
+    """An adapter for most of the linear maps of _TINY."""
+    rng = np.random.default_rng(seed)
+    shapes = adapter_shapes(_roomy()._params)
+    return {
+        path: LowRank(*(0.3 * rng.standard_normal(s, np.float32) for s in ((i, rank), (rank, o))))
+        for path, (i, o) in shapes.items()
+        if "up_proj" not in path
+    }
+
+
+@functools.cache
+def _roomy():
+    return ModelRunner(_TINY, _model(_TINY)[1], _LIMITS, AdapterRoom(count=3, rank=4))
+
+
+def _with_adapters(requests):
+    """The requests, of which every third has the first adapter, the next one the second, and the next none."""
+    adapters = [Adapter("a", 1, 1), Adapter("b", 3, 2), None]
+    return [dataclasses.replace(r, adapter=adapters[i % 3]) for i, r in enumerate(requests)]
+
+
+def test_an_answer_with_an_adapter_is_that_of_the_merged_model_alone_and_among_thirty():
+    runner = _roomy()
+    maps = {1: _maps(1, 4), 3: _maps(2, 2)}
+    for slot, of_slot in maps.items():
+        runner.put_adapter(slot, of_slot)
+    requests = _with_adapters([_request(i, logprobs=1) for i in range(31)])
+    together = _serve(_TINY, requests, runner=runner)
+    plain = _serve(_TINY, requests)
+    for request in requests[:6]:
+        assert _serve(_TINY, [request], runner=runner)[request.request_id] == together[request.request_id]
+        tokens = _ids(together[request.request_id])
+        if request.adapter is None:
+            assert plain[request.request_id] == together[request.request_id]
+        else:
+            assert tokens != _ids(plain[request.request_id])
+            merged = _merged(maps[request.adapter.slot])
+            assert tokens == list(generate(merged, list(request.prompt), max_new_tokens=request.max_tokens))
+
+
+def _merged(maps):
+    """The model whose weights have the low-rank products within."""
+    cfg, params = unrolled(_TINY, jax.tree.map(np.asarray, _model(_TINY)[1]))
+    flat = flatten_params(params)
+    for path, (down, up) in maps.items():
+        flat[f"{path}.weight"] = flat[f"{path}.weight"] + down @ up
+    definition, _ = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
+    return merge(definition, jax.tree.map(jnp.asarray, unflatten_params(flat)))
+
+
+def test_adapters_of_other_sizes_and_for_other_maps_are_refused():
+    path = next(iter(adapter_shapes(_roomy()._params)))
+    wrong = LowRank(np.zeros((31, 2), np.float32), np.zeros((2, 32), np.float32))
+    with pytest.raises(CheckpointError, match=f"{path} of 31 inputs"):
+        _roomy().put_adapter(1, {path: wrong})
+    with pytest.raises(CheckpointError, match="no room for one"):
+        _roomy().put_adapter(1, {"head": wrong})
+
+
 def test_logits_of_wide_layers_have_the_same_bits_in_every_batch():
     runner, rng = _runner(_WIDE), np.random.default_rng(1)
     texts = [rng.integers(0, 512, 60).tolist() for _ in range(32)]
@@ -181,6 +245,6 @@ def test_a_row_whose_logits_are_not_finite_has_no_token_and_others_do():
 
 def test_the_scheduler_and_the_runner_agree_on_the_sizes():
     limits = Limits(num_pages=8, max_requests=5, chunk_tokens=160, row_tokens=32)
-    shapes = ModelRunner(_TINY, _model(_TINY)[1], limits).shapes()
+    shapes = [(s.rows, s.tokens) for s in ModelRunner(_TINY, _model(_TINY)[1], limits).shapes()]
     assert shapes == [(4, 1), (8, 1), (2, 32), (4, 32), (8, 32)]
     assert Scheduler(limits).limits.max_context == 128

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from pippin.serve.adapters import Adapters
 from pippin.serve.engine.request import Constraint
 
 
@@ -61,3 +62,4 @@ class ServedModel:
     # The ids of a conversation and of the start of the model's answer; None: it has no chat template.
     encode_chat: Callable[[Sequence[Message]], Sequence[int]] | None = None
     compile_constraint: Callable[[ConstraintSpec], Constraint] | None = None
+    adapters: Adapters | None = None  # None: it takes none

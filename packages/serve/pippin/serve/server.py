@@ -119,13 +119,18 @@ async def start(options: Options, backend: Backend) -> Server:
     address = listen(options.address, guard, served, tls)
     admin_address = probe_address = None
     if options.admin_address:
-        looked_after = {admin.SERVICE.full_name: AdminService(engine).handler(), **shared}
+        looked_after = {
+            admin.SERVICE.full_name: AdminService(engine, backend.model.adapters).handler(),
+            **shared,
+        }
         admin_address = listen(options.admin_address, guard, looked_after, tls)
     if options.probe_address:
         anybody = Guard(Authenticator(Identities(None)), limits.slow_reader_timeout_s)
         probe_address = listen(options.probe_address, anybody, shared, None)
     metrics = Metrics(backend.model.name, engine.limits.num_pages, engine.limits.page_size)
     metrics.watch(engine.load)
+    if backend.model.adapters is not None:
+        metrics.watch_adapters(backend.model.adapters)
     top = (
         Top(backend.model.name, engine.limits.max_requests, engine.load, engine.clock)
         if options.top
@@ -134,6 +139,9 @@ async def start(options: Options, backend: Backend) -> Server:
     engine.observer = Observers([metrics, RequestLog(), *filter(None, [top])])
     metrics_address, close_metrics = _serve_metrics(options, metrics)
     engine.start()
+    for name in options.load_adapters:
+        assert backend.model.adapters is not None, "checked flags"
+        await backend.model.adapters.load(name)
     for port in ports:
         await port.start()
     http = None
@@ -217,7 +225,7 @@ def open_backend(options: Options) -> Backend:
         PippinError: there is none, or it cannot be served, or it does not fit.
     """
     # JAX takes seconds to import: wrong flags are told before.
-    from pippin.serve.model import Sizes, find, open_served
+    from pippin.serve.model import AdapterSource, Sizes, find, open_served
 
     sizes = Sizes(
         cache_bytes=options.cache_mib << 20,
@@ -231,10 +239,13 @@ def open_backend(options: Options) -> Backend:
         max_waiting_tokens=options.max_waiting_tokens,
         stall_s=options.stall_s,
     )
+    adapters = None
+    if options.adapters is not None:
+        adapters = AdapterSource(options.adapters, options.max_adapters, options.max_adapter_rank)
     path = find(options.model)
     # Clients are told a name, and no path of this machine.
     known_name = options.model if options.model is not None and Path(options.model) != path else None
-    opened = open_served(path, sizes, queue, known_name)
+    opened = open_served(path, sizes, queue, known_name, adapters)
     return Backend(opened.engine, opened.served)
 
 

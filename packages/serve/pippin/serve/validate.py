@@ -30,7 +30,7 @@ class Validator:
     def generate(self, request: pb.GenerateRequest) -> Call:
         """The call of a request; only to be used where nothing is wrong."""
         limits = self._limits
-        if request.HasField("adapter"):
+        if request.HasField("adapter") and self._model.adapters is None:
             raise UnsupportedError(
                 "This server has no adapters (GetModel names no CAPABILITY_ADAPTERS). Leave `adapter` out."
             )
@@ -51,6 +51,7 @@ class Validator:
             priority=self._int(request, "priority", -100, 100, 0),
             cache_salt=self._salt(request.cache_salt),
             timeout_s=self._timeout(request),
+            adapter=request.adapter if request.HasField("adapter") else None,
         )
 
     def prompt(self, request: pb.TokenizeRequest | pb.CountTokensRequest) -> tuple[Prompt, str]:

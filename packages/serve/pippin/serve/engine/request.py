@@ -51,6 +51,15 @@ class Sampling:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A loaded adapter."""
+
+    name: str
+    slot: int  # where the runner has it, from 1
+    loading: int  # a number that no other loading has, of this or another adapter
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """A prompt to continue."""
@@ -66,6 +75,7 @@ class Request:
     cache_salt: str = ""  # requests share cached prefixes only with those of the same tenant and salt
     deadline: float | None = None  # seconds on the engine's clock
     constraint: Constraint | None = None
+    adapter: Adapter | None = None  # None: the base model
     text: bool = True  # whether text is wanted, beside ids
 
     @property

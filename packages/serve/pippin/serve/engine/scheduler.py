@@ -69,6 +69,7 @@ class Row:
     num_prompt: int  # of these are the prompt
     constraint: Constraint | None
     drafts: Sequence[int] = ()  # guesses of what follows the history
+    adapter_slot: int = 0  # 0: the base model
 
     @property
     def is_prompt(self) -> bool:
@@ -225,6 +226,7 @@ class Scheduler:
             generation.tokens,
             len(request.prompt),
             request.constraint,
+            adapter_slot=0 if request.adapter is None else request.adapter.slot,
         )
 
     def _with_drafts(self, rows: list[Row]) -> list[Row]:
@@ -341,6 +343,7 @@ class Scheduler:
         size, request = self.limits.page_size, generation.request
         if num_tokens // size > len(generation.keys):
             num_prompt = num_tokens if self.limits.reuse_answers else len(request.prompt)
-            salt = f"{len(request.tenant)}:{request.tenant}{request.cache_salt}"
+            loading = 0 if request.adapter is None else request.adapter.loading
+            salt = f"{loading}:{len(request.tenant)}:{request.tenant}{request.cache_salt}"
             tokens = generation.tokens[:num_tokens]
             generation.keys = prefix_keys(tokens, size, salt, num_prompt=num_prompt, known=generation.keys)

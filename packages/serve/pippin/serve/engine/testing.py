@@ -26,7 +26,7 @@ def answer(prompt: Sequence[int], count: int, seed: int = 0, letters: int = 26) 
 class FakeRunner:
     """Continues each text by a letter that depends on all of it, and checks that pages hold what they should.
 
-    Set `hold` to make steps wait, and put the ids of requests into `broken` to make their steps fail.
+    With an adapter, letters are capital ones. Set `hold` to make steps wait, and put the ids of requests into `broken` to make their steps fail.
     """
 
     def __init__(self, limits: Limits, letters: int = 26):
@@ -38,7 +38,8 @@ class FakeRunner:
         self.reset()
 
     def reset(self) -> None:
-        self._pages = [[-1] * self.limits.page_size for _ in range(self.limits.num_pages)]
+        empty = (-1, -1)  # the token, and the adapter with which it was computed
+        self._pages = [[empty] * self.limits.page_size for _ in range(self.limits.num_pages)]
 
     def run(self, rows: Sequence[Row]) -> list[list[Sampled]]:
         """See `Runner`."""
@@ -48,17 +49,22 @@ class FakeRunner:
             raise RuntimeError(f"the step of {broken} fails")
         for row in rows:
             for i, token in enumerate(row.tokens, row.position):
-                self._pages[row.pages[i // self.limits.page_size]][i % self.limits.page_size] = token
+                page = self._pages[row.pages[i // self.limits.page_size]]
+                page[i % self.limits.page_size] = token, row.adapter_slot
         return [self._sample(row) for row in rows]
 
     def _sample(self, row: Row) -> list[Sampled]:
         held = [token for page in row.pages for token in self._pages[page]]
         text, end = [*row.history, *row.drafts], row.position + len(row.tokens)
-        assert held[:end] == text[:end], f"the pages of {row.request_id} hold another text"
+        assert held[:end] == [(token, row.adapter_slot) for token in text[:end]], (
+            f"the pages of {row.request_id} hold another text"
+        )
         if row.sampling is None:
             return []
         return [
-            Sampled(_next(row.after(n).history, row.sampling.seed, self.letters))
+            Sampled(
+                _next(row.after(n).history, row.sampling.seed, self.letters) - 32 * (row.adapter_slot > 0)
+            )
             for n in range(len(row.drafts) + 1)
         ]
 

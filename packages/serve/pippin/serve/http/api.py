@@ -49,11 +49,11 @@ class OpenAIApi:
         ]
 
     async def models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        adapters = map(self._as_model, self._adapters())
+        return JSONResponse({"object": "list", "data": [self._as_model(None), *adapters]})
 
     async def model(self, request: Request) -> Response:
-        self._require_model(request.path_params["name"])
-        return JSONResponse(self._model())
+        return JSONResponse(self._as_model(self._adapter(request.path_params["name"])))
 
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, completion_question, CompletionAnswer)
@@ -70,10 +70,14 @@ class OpenAIApi:
         if model.encode is None:
             raise Problem(400, "The model has no tokenizer. Send token ids over gRPC.", code="unsupported")
         question = ask(await read_object(request, self._limits))
-        self._require_model(question.model)
+        adapter = self._adapter(question.model)
+        for one in question.requests if adapter is not None else ():
+            one.adapter = adapter
         request_id = request.headers.get(_ID_HEADER) or secrets.token_hex(12)
         calls = self._calls(question, request_id)
-        answer = make(request_id, model.name, self._frontend.engine.token_bytes, question.include_usage)
+        answer = make(
+            request_id, adapter or model.name, self._frontend.engine.token_bytes, question.include_usage
+        )
         tenant = caller_of(request).tenant
         if question.stream:
             return EventStream(self._stream(question, calls[0], answer, tenant), request_id)
@@ -143,23 +147,38 @@ class OpenAIApi:
         if (last := answer.last_chunk()) is not None:
             yield last
 
-    def _require_model(self, name: str | None) -> None:
-        """Raises Problem where another model is meant than is served."""
-        if name not in (None, self._frontend.model.name):
+    def _adapters(self) -> list[str]:
+        """The names of those that are loaded, under which they are models here, as with other servers."""
+        adapters = self._frontend.model.adapters
+        return [] if adapters is None else [loaded.adapter.name for loaded in adapters.loaded()]
+
+    def _adapter(self, name: str | None) -> str | None:
+        """The adapter that is meant by the name of a model; None: the model itself.
+
+        Raises:
+            Problem: another model is meant than is served.
+        """
+        if name in (None, self._frontend.model.name):
+            return None
+        if name not in self._adapters():
+            names = ", ".join([self._frontend.model.name, *self._adapters()])
             raise Problem(
                 404,
-                f"There is no model of this name. This server has {self._frontend.model.name}.",
+                f"There is no model of this name. This server has {names}.",
                 param="model",
                 code="model_not_found",
             )
+        return name
 
-    def _model(self) -> dict[str, Any]:
+    def _as_model(self, adapter: str | None) -> dict[str, Any]:
+        base = self._frontend.model.name
         return {
-            "id": self._frontend.model.name,
+            "id": adapter or base,
             "object": "model",
             "created": self._created,
             "owned_by": "pippin",
             "max_model_len": self._frontend.context_length,
+            **({"parent": base} if adapter else {}),
         }
 
 

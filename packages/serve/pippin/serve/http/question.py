@@ -162,7 +162,7 @@ def _question(
     elif timeout_s is not None:
         request.timeout.seconds = int(timeout_s)
         request.timeout.nanos = int((timeout_s - int(timeout_s)) * 1e9)
-    names = {**names, **_constraint(fields, request)}
+    names = {**names, **_constraint(fields, request), "adapter": "model"}
     model = fields.take("model", "a text")
     stream = bool(fields.take("stream", "true or false"))
     include_usage = _include_usage(fields, stream)

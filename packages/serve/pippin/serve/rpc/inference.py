@@ -91,6 +91,7 @@ class InferenceService:
             pb.CAPABILITY_TEXT: model.encode is not None,
             pb.CAPABILITY_CHAT: model.encode_chat is not None,
             pb.CAPABILITY_CONSTRAINTS: model.compile_constraint is not None,
+            pb.CAPABILITY_ADAPTERS: model.adapters is not None,
         }
         longest = duration_pb2.Duration()
         longest.FromMilliseconds(int(limits.max_timeout_s * 1000))

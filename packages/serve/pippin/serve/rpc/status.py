@@ -20,6 +20,7 @@ from pippin.serve.errors import (
     DuplicateError,
     InvalidRequestError,
     NotFoundError,
+    PreconditionError,
     QueueFullError,
     RequestError,
     SlowReaderError,
@@ -44,6 +45,7 @@ _ERRORS: dict[type[Exception], tuple[int, str]] = {
     DrainingError: (code_pb2.UNAVAILABLE, "DRAINING"),
     UnsupportedError: (code_pb2.UNIMPLEMENTED, "UNSUPPORTED"),
     NotFoundError: (code_pb2.NOT_FOUND, "NOT_FOUND"),
+    PreconditionError: (code_pb2.FAILED_PRECONDITION, "PRECONDITION"),
 }
 
 # Why a completion ended, where that is no success -> code, reason.

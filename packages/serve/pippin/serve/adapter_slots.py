@@ -1,0 +1,39 @@
+"""Room for adapters in a model that is being served."""
+
+import dataclasses
+
+from pippin.core.adapter import Adapter
+from pippin.core.errors import CheckpointError
+from pippin.core.module import Params
+from pippin.layers.adapter import unrolled_maps
+from pippin.layers.causal_lm_config import CausalLMConfig
+from pippin.serve.runner import ModelRunner
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSlots:
+    """Reads adapters for a runner's model; see `pippin.serve.adapters.Slots`."""
+
+    runner: ModelRunner
+    cfg: CausalLMConfig  # as the model is stored
+    paths: Params  # a tree like that of its parameters, as they are stored
+    signature: str  # of these
+
+    @property
+    def count(self) -> int:
+        return self.runner.room.count if self.runner.room is not None else 0
+
+    def put(self, slot: int, adapter: Adapter) -> None:
+        room = self.runner.room
+        assert room is not None, "who has slots has room"
+        if adapter.base_signature != self.signature:
+            raise CheckpointError(
+                f"{adapter.directory} was made for the model {adapter.base_signature[:12]}, and this one is "
+                f"{self.signature[:12]}. Train it on this model."
+            )
+        if adapter.rank > room.rank:
+            raise CheckpointError(
+                f"{adapter.directory} has rank {adapter.rank}, and there is room for {room.rank}. Start the server "
+                f"with --max-adapter-rank {adapter.rank}."
+            )
+        self.runner.put_adapter(slot, unrolled_maps(self.cfg, self.paths, adapter.maps()))
