@@ -1,6 +1,5 @@
 """The engine: a thread that computes step after step, for as many requests as there are."""
 
-import collections
 import dataclasses
 import logging
 import threading
@@ -10,6 +9,7 @@ from typing import Protocol
 
 from pippin.serve.engine.request import FinishReason, Observer, Output, Request, Sampled, Timing, Usage
 from pippin.serve.engine.scheduler import Generation, Limits, Row, Scheduler
+from pippin.serve.engine.suspects import Suspects
 from pippin.serve.engine.text import TextStream
 from pippin.serve.errors import DrainingError, DuplicateError, QueueFullError, RequestError
 
@@ -81,8 +81,8 @@ class _Stream:
 class Engine:
     """Serves requests with a runner, in a thread of its own.
 
-    Outputs are handed over in that thread: who takes them must not block. A request that makes a step fail is found by computing
-    one request a step, and ends alone.
+    Outputs are handed over in that thread: who takes them must not block. Of the requests of a step that failed, halves are
+    computed apart, and their halves, until the one that made it fail is found: it ends alone.
     """
 
     def __init__(
@@ -99,8 +99,10 @@ class Engine:
         self.token_bytes, self._runner = token_bytes, runner
         self._scheduler = Scheduler(limits)
         self._streams: dict[str, _Stream] = {}  # request_id -> stream
-        self._outbox: list[tuple[OnOutput, Output]] = []  # the thread hands them over, in this order
-        self._suspects: collections.deque[str] = collections.deque()  # requests of a step that failed
+        self._outbox: list[
+            Callable[[], None]
+        ] = []  # what the thread tells others, in this order, without the lock
+        self._suspects = Suspects()
         self._lock = threading.Condition()
         self._draining = self._stopped = False
         self._steps = self._generated = 0
@@ -228,7 +230,7 @@ class Engine:
             while not (self._streams or self._outbox or self._stopped):
                 self._lock.wait()
             self._expire()
-            rows = self._scheduler.schedule(self.clock(), self._suspects[0] if self._suspects else None)
+            rows = self._scheduler.schedule(self.clock(), self._suspects.group)
         self._deliver()
         if rows and not self._stopped:
             self._step(rows)
@@ -264,8 +266,25 @@ class Engine:
 
     def _part(self, stream: _Stream, output: Output, timing: Timing) -> None:
         """Hands over a request's last output."""
-        self._outbox.append((stream.on_output, output))
-        self._tell(lambda observer: observer.on_finish(stream.request, output, timing))
+        # First: who has the last output finds the request in the metrics.
+        self._tell_later(lambda observer: observer.on_finish(stream.request, output, timing))
+        self._hand_over(stream, output)
+
+    def _hand_over(self, stream: _Stream, output: Output) -> None:
+        def hand_over() -> None:
+            try:
+                stream.on_output(output)
+            except Exception:  # noqa: BLE001  the caller's fault, not that of other requests
+                _log.exception("an output of request %s could not be handed over", output.request_id)
+
+        self._outbox.append(hand_over)
+
+    def _tell_later(self, tell: Callable[[Observer], None]) -> None:
+        self._outbox.append(lambda: self._tell(tell))
+
+    def _log_later(self, message: str, request_id: str, error: Exception | None = None) -> None:
+        """Logs an error. A log may block, and whoever holds the lock holds all callers."""
+        self._outbox.append(lambda: _log.error(message, request_id, exc_info=error))
 
     def _tell(self, tell: Callable[[Observer], None]) -> None:
         """Tells the observer something. What it does wrong is not the requests' fault."""
@@ -292,7 +311,10 @@ class Engine:
             self._progress = now
             rate = num_tokens / max(now - start, 1e-6)
             self._tokens_per_s = rate if not self._tokens_per_s else 0.9 * self._tokens_per_s + 0.1 * rate
-            self._clear_suspect(rows)
+            for row in rows:
+                # A request whose step went well, up to its next token, did not make one fail.
+                if row.sampling is not None:
+                    self._suspects.remove(row.request_id)
             gaps = self._advance(rows, sampled, now)
         self._deliver()
         self._tell(lambda observer: observer.on_step(num_tokens, len(rows), now - start))
@@ -315,14 +337,14 @@ class Engine:
     def _next_token(self, generation: Generation, sampled: Sampled, now: float) -> list[float]:
         request_id = generation.request.request_id
         if sampled.token < 0:
-            _log.error("request %s failed: it has no next token", request_id)
+            self._log_later("request %s failed: it has no next token", request_id)
             self._end(request_id, FinishReason.FAILED)
             return []
         gaps = []
         if generation.first_token is None:
             generation.first_token = now
             first_s = now - generation.arrived
-            self._tell(lambda observer: observer.on_first_token(generation.request, first_s))
+            self._tell_later(lambda observer: observer.on_first_token(generation.request, first_s))
         else:
             gaps.append(now - generation.last_token)
         generation.last_token = now
@@ -330,8 +352,8 @@ class Engine:
         self._generated += 1
         try:
             self._output(generation, sampled)
-        except Exception:  # noqa: BLE001  its constraint may be at fault, and nobody else is
-            _log.exception("request %s failed at a token", request_id)
+        except Exception as error:  # noqa: BLE001  its constraint may be at fault, and nobody else is
+            self._log_later("request %s failed at a token", request_id, error)
             self._end(request_id, FinishReason.FAILED)
         return gaps
 
@@ -358,7 +380,7 @@ class Engine:
             self._end(request.request_id, reason, text, tokens, matched)
         elif tokens or text:
             output = Output(request.request_id, text, tokens, usage=_usage(generation))
-            self._outbox.append((stream.on_output, output))
+            self._hand_over(stream, output)
 
     def _end(
         self,
@@ -371,8 +393,7 @@ class Engine:
         """Frees all that a request has, and hands its caller the last output."""
         generation = self._scheduler.remove(request_id)
         stream = self._streams.pop(request_id)
-        if request_id in self._suspects:
-            self._suspects.remove(request_id)
+        self._suspects.remove(request_id)
         output = Output(request_id, text, tokens, reason, matched, _usage(generation))
         times = Timing(generation.arrived, generation.scheduled, generation.first_token, self.clock())
         self._part(stream, output, times)
@@ -386,31 +407,24 @@ class Engine:
                 self._end(generation.request.request_id, FinishReason.DEADLINE)
 
     def _recover(self, rows: Sequence[Row]) -> None:
-        """After a step that failed: one request is computed a step, until each had its step or made it fail."""
+        """After a step that failed: its requests are suspected, or it is known which one was at fault."""
         with self._lock:
             self._num_failures += 1
             # Not one that came since, under the id of one that was cancelled.
             there = [row.request_id for row in rows if row.request_id in self._scheduler.running]
             if len(rows) == 1 and there:
                 self._end(there[0], FinishReason.FAILED)
-            elif not self._suspects:
-                self._suspects.extend(there)
+            elif there:
+                self._suspects.split(there)
             self._scheduler.reset()
         self._reset_runner()
 
-    def _clear_suspect(self, rows: Sequence[Row]) -> None:
-        """A request whose step went well, up to its next token, did not make one fail."""
-        if self._suspects and rows[0].request_id == self._suspects[0] and rows[0].sampling is not None:
-            self._suspects.popleft()
-
     def _deliver(self) -> None:
+        """Tells others what is to be told. Not under the lock: they may take their time."""
         with self._lock:
             outbox, self._outbox = self._outbox, []
-        for on_output, output in outbox:
-            try:
-                on_output(output)
-            except Exception:  # noqa: BLE001  the caller's fault, not that of other requests
-                _log.exception("an output of request %s could not be handed over", output.request_id)
+        for tell in outbox:
+            tell()
 
 
 def _usage(generation: Generation) -> Usage:

@@ -193,6 +193,41 @@ def test_a_request_that_breaks_its_step_fails_alone(make_engine):
     assert text(submit(engine, "after").wait()) == bytes(answer(b"hello", 6)).decode()
 
 
+@pytest.mark.parametrize("bad", [{"7"}, {"0", "15"}, {str(i) for i in range(16)}])
+def test_those_that_break_a_step_of_many_are_found_in_few_steps(make_engine, bad):
+    limits = Limits(num_pages=128, page_size=4, max_requests=16, chunk_tokens=128, row_tokens=4)
+    engine, runner = make_engine(limits)
+    runner.hold.clear()
+    callers = {str(i): submit(engine, str(i), b"prompt %02d" % i, max_tokens=3) for i in range(16)}
+    runner.broken |= bad
+    runner.hold.set()
+    for name, caller in callers.items():
+        outputs = caller.wait()
+        if name in bad:
+            assert outputs[-1].finish_reason is FinishReason.FAILED
+        else:
+            assert text(outputs) == bytes(answer(b"prompt %02d" % int(name), 3)).decode()
+    failed = [step for step in runner.steps if runner.broken & {row.request_id for row in step}]
+    assert len(failed) <= 2 + 4 * len(bad)
+
+
+def test_nobody_is_told_anything_while_the_engine_is_locked(make_engine):
+    """Who is told may write a log, and a log may block."""
+    seen = []
+
+    class Looking:
+        def __getattr__(self, name):
+            return lambda *_: seen.append((name, not engine._lock._is_owned()))
+
+    engine, runner = make_engine(observer=Looking())
+    runner.broken.add("bad")
+    for name in ("bad", "good"):
+        submit(engine, name).wait()
+    wait_for(lambda: len(seen) >= 10)
+    assert {name for name, _ in seen} >= {"on_finish", "on_first_token", "on_step", "on_tokens"}
+    assert all(free for _, free in seen)
+
+
 def test_an_id_that_was_cancelled_in_a_step_may_be_used_again_at_once(make_engine):
     engine, runner = make_engine()
     runner.hold.clear()

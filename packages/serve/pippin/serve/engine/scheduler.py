@@ -144,10 +144,6 @@ class Scheduler:
         """All that wait or are served."""
         return list(self._generations.values())
 
-    def get(self, request_id: str) -> Generation | None:
-        """The generation of a request; None where it has ended."""
-        return self._generations.get(request_id)
-
     def add(self, request: Request, now: float) -> Generation:
         """Takes a request, which fits into the cache and whose id is not in use."""
         assert request.request_id not in self and request.num_tokens <= self.limits.max_context
@@ -166,10 +162,10 @@ class Scheduler:
         self.waiting.leave(generation)
         return generation
 
-    def schedule(self, now: float, only: str | None = None) -> list[Row]:
-        """The rows of the next step, one for each request that has a part in it; `only` one request's, if it is named."""
+    def schedule(self, now: float, only: Sequence[str] | None = None) -> list[Row]:
+        """The rows of the next step, one for each request that has a part in it; `only` of some, if they are named."""
         if only is not None:
-            for generation in [g for g in self.running.values() if g.request.request_id != only]:
+            for generation in [g for g in self.running.values() if g.request.request_id not in only]:
                 self._preempt(generation)
         while generation := self._admit(only):
             if generation.scheduled is None:
@@ -264,10 +260,13 @@ class Scheduler:
             generation.pages += pages
         return True
 
-    def _admit(self, only: str | None) -> Generation | None:
+    def _admit(self, only: Sequence[str] | None) -> Generation | None:
         """The next request that gets a turn, with what the pages hold of its text."""
-        generation = self._generations.get(only) if only is not None else self.waiting.next()
-        if generation is None or generation.request.request_id in self.running:
+        if only is None:
+            generation = self.waiting.next()
+        else:
+            generation = next((self._generations[i] for i in only if i not in self.running), None)
+        if generation is None:
             return None
         if len(self.running) >= self.limits.max_requests and not self._make_way(generation):
             return None
