@@ -12,21 +12,24 @@ from pippin.core.errors import PippinError
 from pippin.serve.call import Call, Prompt, TokenIds
 from pippin.serve.engine.engine import Engine
 from pippin.serve.engine.request import Constraint, FinishReason, Output, Request
-from pippin.serve.errors import DuplicateError, QueueFullError, RequestError, SlowReaderError
+from pippin.serve.errors import DuplicateError, QueueFullError, RequestError, SlowReaderError, UnfinishedError
 from pippin.serve.request_limits import RequestLimits
-from pippin.serve.served_model import ServedModel
+from pippin.serve.served_model import ConstraintSpec, ServedModel
 
 # How long after a deadline the engine's own word for it is waited for: it may be in a long step, or hang.
 _DEADLINE_GRACE_S = 0.5
 # Tokenizing releases Python's lock; more threads would take the cores from the engine.
 _ENCODING_THREADS = 2
 _RETRY_ENCODING_S = 1.0
+# So much of a completion (see `_size`) is put into one output: writing it takes milliseconds.
+_SLICE = 1024
 
 
 class Generation:
     """The outputs of a call, as an asynchronous iterator of (index of the completion, what is new of it).
 
-    What comes while nobody takes is put together, so that little waits. Leaving the `async with` block ends what
+    What comes while nobody takes is put together, so that little waits; into several outputs where it is much, so that writing
+    one holds nobody up. Leaving the `async with` block ends what
     is not finished, and frees all that it holds.
     """
 
@@ -38,7 +41,8 @@ class Generation:
         self._frontend, self._tenant, self._deadline = frontend, tenant, deadline
         self._loop = asyncio.get_running_loop()
         self._unfinished = dict.fromkeys(range(call.n))
-        self._pending: dict[int, Output] = {}  # index -> what was not taken yet
+        self._pending: dict[int, list[Output]] = {}  # index -> what was not taken yet, at least one
+        self._num_pending = 0  # tokens
         self._news = asyncio.Event()
         self._error: PippinError | None = None
 
@@ -59,7 +63,11 @@ class Generation:
             except TimeoutError:
                 self._expire()
         index = next(iter(self._pending))
-        return index, self._pending.pop(index)
+        output, *rest = self._pending.pop(index)
+        if rest:
+            self._pending[index] = rest  # behind the other completions
+        self._num_pending -= len(output.tokens)
+        return index, output
 
     async def __aenter__(self) -> Self:
         return self
@@ -91,9 +99,13 @@ class Generation:
             return
         if output.finish_reason is not None:
             del self._unfinished[index]
-        before = self._pending.get(index)
-        self._pending[index] = output if before is None else _together(before, output)
-        if sum(len(o.tokens) for o in self._pending.values()) > self._frontend.limits.max_pending_tokens:
+        pending = self._pending.setdefault(index, [])
+        if pending and _size(pending[-1]) < _SLICE:
+            pending[-1] = _together(pending[-1], output)
+        else:
+            pending.append(output)
+        self._num_pending += len(output.tokens)
+        if self._num_pending > self._frontend.limits.max_pending_tokens:
             self._error = SlowReaderError("The stream was not read for too long. Read it as it comes.")
             self._pending.clear()
             self.close()
@@ -129,6 +141,7 @@ class Frontend:
             DuplicateError: a call of this tenant with its id is being served.
             QueueFullError: too much waits.
             DrainingError: no more calls are taken.
+            UnfinishedError: the deadline passed while the prompt was tokenized.
         """
         (generation,) = await self.generate_all([call], tenant, deadline, lambda _, field: field)
         return generation
@@ -143,11 +156,14 @@ class Frontend:
         """The streams of several calls, of which all are taken or none; errors as `generate`'s, with `path`."""
         arrived = self.engine.clock()
         generations: list[Generation] = []
+        num_logprobs = 0
         with contextlib.ExitStack() as undo:
             for i, call in enumerate(calls):
                 try:
                     generation, requests = await self._prepare(call, tenant, arrived, deadline)
                     undo.callback(generation.close)
+                    num_logprobs += sum(map(_num_logprobs, requests))
+                    self._require_logprobs(num_logprobs)
                     for index, request in enumerate(requests):
                         self.engine.submit(request, generation.receiver(index))
                 except RequestError as error:
@@ -188,14 +204,18 @@ class Frontend:
     async def _prepare(
         self, call: Call, tenant: str, arrived: float, deadline: float | None
     ) -> tuple[Generation, list[Request]]:
-        prompt = await self.encode(call.prompt, call.prompt_field)
-        constraints = [await self._constraint(call) for _ in range(call.n)]  # each has a state of its own
+        most = min(call.timeout_s or self.limits.max_timeout_s, self.limits.max_timeout_s)
+        deadline = arrived + most if deadline is None else min(deadline, arrived + most)
+        try:
+            async with asyncio.timeout(deadline - self.engine.clock()):
+                prompt = await self.encode(call.prompt, call.prompt_field)
+                constraints = await self._constraints(call)
+        except TimeoutError:
+            raise UnfinishedError(FinishReason.DEADLINE) from None
         if (tenant, call.request_id) in self._open:
             raise DuplicateError(
                 f"A request with request_id {call.request_id!r} is being served. Wait for it, or choose another id."
             )
-        most = min(call.timeout_s or self.limits.max_timeout_s, self.limits.max_timeout_s)
-        deadline = arrived + most if deadline is None else min(deadline, arrived + most)
         max_tokens = self._max_tokens(call, len(prompt))
         generation = Generation(self, call, tenant, len(prompt), deadline)
         self._open[tenant, call.request_id] = generation
@@ -236,12 +256,27 @@ class Frontend:
             )
         return call.max_tokens
 
-    async def _constraint(self, call: Call) -> Constraint | None:
+    def _require_logprobs(self, count: int) -> None:
+        most = self.limits.max_logprob_values
+        if count > most:
+            raise RequestError(
+                "logprobs",
+                f"asks for {count} log-probabilities in all (for each completion max_tokens times one more than logprobs); at "
+                f"most {most} are told in one answer. Ask for fewer tokens, completions or logprobs.",
+            )
+
+    async def _constraints(self, call: Call) -> Sequence[Constraint | None]:
+        """One for each completion: compiled once, and each with a state of its own."""
         if call.constraint is None:
-            return None
+            return [None] * call.n
         compile_constraint = self.model.compile_constraint
         assert compile_constraint is not None, "a validated call"
-        return await self._in_thread(call.constraint_field, compile_constraint, call.constraint)
+
+        def compiled(spec: ConstraintSpec) -> list[Constraint | None]:
+            first = compile_constraint(spec)
+            return [first, *(first.copy() for _ in range(call.n - 1))]
+
+        return await self._in_thread(call.constraint_field, compiled, call.constraint)
 
     async def _in_thread[T](self, field: str, function: Callable[[Any], T], argument: Any) -> T:
         if self._num_encoding >= self.limits.max_encoding:
@@ -250,14 +285,18 @@ class Frontend:
                 _RETRY_ENCODING_S,
             )
         self._num_encoding += 1
+        loop, future = asyncio.get_running_loop(), self._threads.submit(function, argument)
+        # Not when nobody waits any more: a thread that has begun goes on.
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._encoded))
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function, argument)
+            return await asyncio.wrap_future(future)
         except RequestError:
             raise
         except PippinError as error:
             raise RequestError(field, str(error)) from error
-        finally:
-            self._num_encoding -= 1
+
+    def _encoded(self) -> None:
+        self._num_encoding -= 1
 
 
 async def take[T](written: Awaitable[T], timeout_s: float) -> T:
@@ -288,6 +327,17 @@ def _together(*outputs: Output) -> Output:
         text="".join(o.text for o in outputs),
         tokens=tuple(token for o in outputs for token in o.tokens),
     )
+
+
+def _size(output: Output) -> int:
+    """Of what is written of it: its tokens, and the most likely ones that are told of each."""
+    return len(output.tokens) * (1 + len(output.tokens[-1].top)) if output.tokens else 0
+
+
+def _num_logprobs(request: Request) -> int:
+    """That a completion may have."""
+    logprobs = request.sampling.logprobs
+    return 0 if logprobs is None else request.max_tokens * (1 + logprobs)
 
 
 def _seed(seed: int, index: int) -> int:

@@ -18,6 +18,7 @@ from pippin.core.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_obje
 from pippin.layers.causal_lm_config import CausalLMConfig, FloatType
 from pippin.layers.model_files import open_model
 from pippin.layers.named_models import find_model
+from pippin.serve.backend import Backend
 from pippin.serve.constraints import ConstraintCompiler
 from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.engine.scheduler import Limits
@@ -46,14 +47,6 @@ class Sizes:
     max_drafts: int = 4  # guesses of an answer's next tokens in a step
 
 
-@dataclasses.dataclass(frozen=True)
-class OpenedModel:
-    """A model that is ready, in an engine that was not started."""
-
-    engine: Engine
-    served: ServedModel
-
-
 def find(name_or_path: str | None, directory: Path = Path()) -> Path:
     """Where the model lies that a user means.
 
@@ -75,7 +68,7 @@ def find(name_or_path: str | None, directory: Path = Path()) -> Path:
     return max(runs, key=lambda run: run.stat().st_mtime)
 
 
-def open_served(path: Path, sizes: Sizes, queue: QueueLimits, name: str | None = None) -> OpenedModel:
+def open_served(path: Path, sizes: Sizes, queue: QueueLimits, name: str | None = None) -> Backend:
     """The model at a path, with all its programs compiled; logs where the time went.
 
     Raises:
@@ -100,7 +93,7 @@ def open_served(path: Path, sizes: Sizes, queue: QueueLimits, name: str | None =
     served = _served(name or path.absolute().name, cfg, tokenizer, bundle, limits)
     token_bytes = tokenizer.token_bytes if tokenizer else _no_bytes
     _log.info("%s: %d tokens of context, %d at a time", served.name, limits.max_context, limits.max_requests)
-    return OpenedModel(Engine(runner, limits, token_bytes, queue=queue), served)
+    return Backend(Engine(runner, limits, token_bytes, queue=queue), served)
 
 
 def _served(

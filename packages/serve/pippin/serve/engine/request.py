@@ -30,6 +30,13 @@ class Constraint(Protocol):
         """Goes on by a token; True where the text is complete and nothing may follow."""
         ...
 
+    def copy(self) -> "Constraint":
+        """Another of the same text, in the same state."""
+        ...
+
+
+MAX_LOGPROBS = 20  # the most tokens whose log-probabilities are told beside that of the chosen one
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:

@@ -55,6 +55,19 @@ def make_app(
     )
 
 
+def make_metrics_app(
+    registry: CollectorRegistry, slow_reader_timeout_s: float, *, local_only: bool
+) -> ASGIApp:
+    """Prometheus metrics and nothing else, for anybody."""
+    return Guard(
+        Router([_metrics_route(registry)], redirect_slashes=False),
+        Identities(None),
+        public=[],
+        local_only=local_only,
+        slow_reader_timeout_s=slow_reader_timeout_s,
+    )
+
+
 def _state_routes(
     frontend: Frontend, is_serving: Callable[[], bool], registry: CollectorRegistry
 ) -> list[Route]:
@@ -77,10 +90,14 @@ def _state_routes(
             headers={"cache-control": "no-store"},
         )
 
+    return [Route("/health", health), Route("/load", load), _metrics_route(registry)]
+
+
+def _metrics_route(registry: CollectorRegistry) -> Route:
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    return [Route("/health", health), Route("/load", load), Route("/metrics", metrics)]
+    return Route("/metrics", metrics)
 
 
 def _page_route(path: str) -> Route:

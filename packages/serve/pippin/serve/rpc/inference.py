@@ -77,7 +77,10 @@ class InferenceService:
             for generation in generations:
                 await stack.enter_async_context(generation)
             collected = await asyncio.gather(*map(collect, generations))
-        return pb.GenerateBatchResponse(results=map(_result, generations, collected))
+        # Megabytes, where many log-probabilities are asked for.
+        return await asyncio.to_thread(
+            lambda: pb.GenerateBatchResponse(results=map(_result, generations, collected))
+        )
 
     async def tokenize(self, request: pb.TokenizeRequest, _: object) -> pb.TokenizeResponse:
         return pb.TokenizeResponse(token_ids=await self._encode(request))
@@ -111,6 +114,7 @@ class InferenceService:
                 max_constraint_bytes=limits.max_constraint_bytes,
                 max_batch=limits.max_batch,
                 max_timeout=longest,
+                max_logprob_values=limits.max_logprob_values,
             ),
             server_version=_version(),
         )
