@@ -5,16 +5,18 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
 from pippin.core.errors import PippinError
 from pippin.serve.call import Call, Prompt, TokenIds
 from pippin.serve.engine.engine import Engine
-from pippin.serve.engine.request import Constraint, FinishReason, Output, Request
+from pippin.serve.engine.request import Constraint, FinishReason, Output, Request, Trace
 from pippin.serve.errors import DuplicateError, QueueFullError, RequestError, SlowReaderError, UnfinishedError
 from pippin.serve.request_limits import RequestLimits
 from pippin.serve.served_model import ConstraintSpec, ServedModel
+from pippin.serve.trace import BeginTrace, note_trace
 
 # How long after a deadline the engine's own word for it is waited for: it may be in a long step, or hang.
 _DEADLINE_GRACE_S = 0.5
@@ -126,15 +128,27 @@ class Generation:
 class Frontend:
     """Takes calls for an engine. Its methods are for one event loop."""
 
-    def __init__(self, engine: Engine, model: ServedModel, limits: RequestLimits):
+    def __init__(
+        self,
+        engine: Engine,
+        model: ServedModel,
+        limits: RequestLimits,
+        begin_trace: BeginTrace = note_trace,
+    ):
         self.engine, self.model, self.limits = engine, model, limits
         self.context_length = min(model.context_length, engine.limits.max_context)
         self._open: dict[tuple[str, str], Generation] = {}  # tenant, request_id -> generation
         self._threads = concurrent.futures.ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encode")
-        self._num_encoding = 0
+        self._num_encoding, self._begin_trace = 0, begin_trace
 
-    async def generate(self, call: Call, tenant: str = "", deadline: float | None = None) -> Generation:
-        """The stream of a call's outputs; `deadline` is in seconds on the engine's clock.
+    async def generate(
+        self,
+        call: Call,
+        tenant: str = "",
+        deadline: float | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> Generation:
+        """The stream of a call's outputs; `deadline` is in seconds on the engine's clock; `headers` name its trace.
 
         Raises:
             RequestError: it can never be served, such as a prompt that does not fit.
@@ -143,7 +157,7 @@ class Frontend:
             DrainingError: no more calls are taken.
             UnfinishedError: the deadline passed while the prompt was tokenized.
         """
-        (generation,) = await self.generate_all([call], tenant, deadline, lambda _, field: field)
+        (generation,) = await self.generate_all([call], tenant, deadline, headers, lambda _, field: field)
         return generation
 
     async def generate_all(
@@ -151,6 +165,7 @@ class Frontend:
         calls: Sequence[Call],
         tenant: str,
         deadline: float | None,
+        headers: Mapping[str, str] = MappingProxyType({}),
         path: Callable[[int, str], str] = lambda i, field: f"requests[{i}].{field}",
     ) -> list[Generation]:
         """The streams of several calls, of which all are taken or none; errors as `generate`'s, with `path`."""
@@ -160,12 +175,13 @@ class Frontend:
         with contextlib.ExitStack() as undo:
             for i, call in enumerate(calls):
                 try:
-                    generation, requests = await self._prepare(call, tenant, arrived, deadline)
-                    undo.callback(generation.close)
-                    num_logprobs += sum(map(_num_logprobs, requests))
-                    self._require_logprobs(num_logprobs)
-                    for index, request in enumerate(requests):
-                        self.engine.submit(request, generation.receiver(index))
+                    with _traced(self._begin_trace(call, headers)) as trace:
+                        generation, requests = await self._prepare(call, tenant, arrived, deadline, trace)
+                        undo.callback(generation.close)
+                        num_logprobs += sum(map(_num_logprobs, requests))
+                        self._require_logprobs(num_logprobs)
+                        for index, request in enumerate(requests):
+                            self.engine.submit(request, generation.receiver(index))
                 except RequestError as error:
                     raise RequestError(path(i, error.field), str(error)) from error
                 generations.append(generation)
@@ -202,7 +218,7 @@ class Frontend:
             del self._open[tenant, generation.request_id]
 
     async def _prepare(
-        self, call: Call, tenant: str, arrived: float, deadline: float | None
+        self, call: Call, tenant: str, arrived: float, deadline: float | None, trace: Trace | None
     ) -> tuple[Generation, list[Request]]:
         most = min(call.timeout_s or self.limits.max_timeout_s, self.limits.max_timeout_s)
         deadline = arrived + most if deadline is None else min(deadline, arrived + most)
@@ -233,6 +249,7 @@ class Frontend:
                 deadline=deadline,
                 constraint=constraint,
                 text=self.model.encode is not None,
+                trace=trace,
             )
             for index, constraint in enumerate(constraints)
         ]
@@ -318,6 +335,17 @@ async def collect(generation: Generation) -> list[Output]:
     async for index, output in generation:
         parts[index].append(output)
     return [_together(*outputs) for outputs in parts]
+
+
+@contextlib.contextmanager
+def _traced(trace: Trace | None) -> Iterator[Trace | None]:
+    """Tells a trace where its call is not taken."""
+    try:
+        yield trace
+    except BaseException as error:
+        if trace is not None:
+            trace.fail(error.reason.value if isinstance(error, UnfinishedError) else type(error).__name__)
+        raise
 
 
 def _together(*outputs: Output) -> Output:

@@ -24,7 +24,7 @@ from pippin.serve.http.app import make_app, make_metrics_app
 from pippin.serve.http.port import HttpPort
 from pippin.serve.http.port import open_port as open_http
 from pippin.serve.metrics import Metrics
-from pippin.serve.observers import JsonFormatter, Observers, RequestLog
+from pippin.serve.observers import JsonFormatter, Observers, RequestLog, Traces
 from pippin.serve.options import Options, check_security, parse_options
 from pippin.serve.rpc import admin, health, inference
 from pippin.serve.rpc.admin import AdminService
@@ -34,8 +34,11 @@ from pippin.serve.rpc.health import HealthService
 from pippin.serve.rpc.inference import InferenceService
 from pippin.serve.rpc.ports import open_port
 from pippin.serve.rpc.tls import server_credentials
+from pippin.serve.served_model import ServedModel
 from pippin.serve.tls_files import TlsFiles
 from pippin.serve.top import Top
+from pippin.serve.trace import BeginTrace, note_trace
+from pippin.serve.version import server_version
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class Server:
     http: HttpPort | None
     metrics: HttpPort | None
     top: Top | None
+    close_traces: Callable[[], None]
 
     async def stop(self, options: Options) -> None:
         """Ends in an order that cuts no stream within the grace.
@@ -71,6 +75,7 @@ class Server:
         flushed = [port.stop(_FLUSH_S) for port in self.ports]
         await asyncio.gather(*flushed, *(port.stop() for port in (self.http, self.metrics) if port))
         self.frontend.close()
+        await asyncio.to_thread(self.close_traces)
         if self.top is not None:
             self.top.stop()
 
@@ -90,7 +95,9 @@ async def start(options: Options, backend: Backend) -> Server:
 async def _start(options: Options, backend: Backend, undo: contextlib.AsyncExitStack) -> Server:
     """`undo` gets what closes what was opened."""
     engine, limits = backend.engine, options.limits
-    frontend = Frontend(engine, backend.model, limits)
+    begin_trace, close_traces = _traces(options, backend.model)
+    undo.callback(close_traces)
+    frontend = Frontend(engine, backend.model, limits, begin_trace)
     undo.callback(frontend.close)
     undo.callback(engine.stop, 0.0)
     tls = _tls(options)
@@ -137,7 +144,7 @@ async def _start(options: Options, backend: Backend, undo: contextlib.AsyncExitS
         if options.top
         else None
     )
-    engine.observer = Observers([metrics, RequestLog(), *filter(None, [top])])
+    engine.observer = Observers([metrics, Traces(), RequestLog(), *filter(None, [top])])
     engine.start()
     for port in ports:
         await port.start()
@@ -151,7 +158,17 @@ async def _start(options: Options, backend: Backend, undo: contextlib.AsyncExitS
         app = make_metrics_app(metrics.registry, limits.slow_reader_timeout_s, local_only=local)
         metrics_port = await opened(open_http(app, options.metrics_address, None, _FLUSH_S, bounds))
     return Server(
-        engine, frontend, checks, ports, address, admin_address, probe_address, http, metrics_port, top
+        engine,
+        frontend,
+        checks,
+        ports,
+        address,
+        admin_address,
+        probe_address,
+        http,
+        metrics_port,
+        top,
+        close_traces,
     )
 
 
@@ -240,6 +257,17 @@ def main() -> int:
     """Serves a model; the result is the exit code."""
     os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))  # under bazel run: where the user typed it
     return run(open_backend)
+
+
+def _traces(options: Options, model: ServedModel) -> tuple[BeginTrace, Callable[[], None]]:
+    """What begins the trace of a call, and what ends telling them."""
+    if options.otlp_endpoint is None:
+        return note_trace, lambda: None
+    # Half a second to import: only where it is wanted.
+    from pippin.serve.tracing import Tracing, otlp_exporter
+
+    tracing = Tracing(otlp_exporter(options.otlp_endpoint), model.name, server_version())
+    return tracing.begin, tracing.close
 
 
 def _check_files(options: Options) -> None:

@@ -74,6 +74,7 @@ class Request:
     deadline: float | None = None  # seconds on the engine's clock
     constraint: Constraint | None = None
     text: bool = True  # whether text is wanted, beside ids
+    trace: "Trace | None" = None
 
     @property
     def num_tokens(self) -> int:
@@ -119,6 +120,21 @@ class Timing:
     scheduled: float | None  # its first step began
     first_token: float | None
     finished: float
+
+
+class Trace(Protocol):
+    """Who follows a call, which may have several requests, from elsewhere through this server."""
+
+    @property
+    def trace_id(self) -> str:
+        """32 hexadecimal digits."""
+        ...
+
+    def finish(self, output: Output, timing: Timing) -> None:
+        """One of its requests ended; in the engine's thread."""
+
+    def fail(self, reason: str) -> None:
+        """It ended before all its requests were taken."""
 
 
 class Observer(Protocol):

@@ -2,8 +2,7 @@
 
 import asyncio
 import contextlib
-import importlib.metadata
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import grpc
 import grpc.aio
@@ -16,7 +15,9 @@ from pippin.serve.errors import UnfinishedError, UnsupportedError
 from pippin.serve.frontend import Frontend, Generation, collect
 from pippin.serve.rpc.guard import current_caller
 from pippin.serve.rpc.service import service_handler
+from pippin.serve.trace import trace_headers
 from pippin.serve.validate import validate_batch, validate_generate, validate_prompt
+from pippin.serve.version import server_version
 from pippin.v1 import inference_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"]
@@ -53,7 +54,9 @@ class InferenceService:
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         call = validate_generate(request, self._frontend.model, self._frontend.limits)
-        generation = await self._frontend.generate(call, current_caller().tenant, self._deadline(context))
+        generation = await self._frontend.generate(
+            call, current_caller().tenant, self._deadline(context), _trace_headers(context)
+        )
         unfinished = None
         async with generation:
             yield pb.GenerateResponse(started=_started(generation))
@@ -72,7 +75,9 @@ class InferenceService:
     ) -> pb.GenerateBatchResponse:
         calls = validate_batch(request, self._frontend.model, self._frontend.limits)
         deadline = self._deadline(context)
-        generations = await self._frontend.generate_all(calls, current_caller().tenant, deadline)
+        generations = await self._frontend.generate_all(
+            calls, current_caller().tenant, deadline, _trace_headers(context)
+        )
         async with contextlib.AsyncExitStack() as stack:
             for generation in generations:
                 await stack.enter_async_context(generation)
@@ -116,7 +121,7 @@ class InferenceService:
                 max_timeout=longest,
                 max_logprob_values=limits.max_logprob_values,
             ),
-            server_version=_version(),
+            server_version=server_version(),
         )
 
     async def embed(self, request: pb.EmbedRequest, _: object) -> pb.EmbedResponse:
@@ -133,11 +138,8 @@ class InferenceService:
         return None if left is None else self._frontend.engine.clock() + left
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("pippin-serve")
-    except importlib.metadata.PackageNotFoundError:  # run from a working tree
-        return "0+source"
+def _trace_headers(context: grpc.aio.ServicerContext) -> Mapping[str, str]:
+    return trace_headers(context.invocation_metadata() or ())
 
 
 def _started(generation: Generation) -> pb.Started:
