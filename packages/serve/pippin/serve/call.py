@@ -41,3 +41,4 @@ class Call:
     priority: int = 0
     cache_salt: str = ""
     timeout_s: float | None = None
+    embeds: bool = False  # wants a vector of the prompt, and no text

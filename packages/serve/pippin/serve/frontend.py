@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Self
 
+import numpy as np
+
 from pippin.core.errors import PippinError
 from pippin.serve.call import Call, Prompt, TokenIds
 from pippin.serve.engine.engine import Engine
@@ -25,6 +27,15 @@ _ENCODING_THREADS = 2
 _RETRY_ENCODING_S = 1.0
 # So much of a completion (see `_size`) is put into one output: writing it takes milliseconds.
 _SLICE = 1024
+_LEAST_LENGTH = 1e-12  # of a vector: none is divided by 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """A vector of a prompt."""
+
+    values: np.ndarray  # [D], float32, of length 1
+    prompt_tokens: int
 
 
 class Generation:
@@ -188,6 +199,28 @@ class Frontend:
             undo.pop_all()
         return generations
 
+    async def embed(
+        self,
+        calls: Sequence[Call],
+        tenant: str,
+        deadline: float | None,
+        headers: Mapping[str, str],
+        path: Callable[[int, str], str],
+    ) -> list[Embedding]:
+        """The vectors of the prompts of calls that embed; errors and arguments as `generate_all`'s.
+
+        A vector has the direction of the mean, over the prompt's tokens, of the hidden states behind the last norm.
+
+        Raises:
+            UnfinishedError: one of them was not computed.
+        """
+        generations = await self.generate_all(calls, tenant, deadline, headers, path)
+        async with contextlib.AsyncExitStack() as stack:
+            for generation in generations:
+                await stack.enter_async_context(generation)
+            collected = await asyncio.gather(*map(collect, generations))
+        return [_embedding(output) for (output,) in collected]
+
     async def encode(self, prompt: Prompt, field: str) -> tuple[int, ...]:
         """The token ids of a prompt.
 
@@ -248,7 +281,8 @@ class Frontend:
                 cache_salt=call.cache_salt,
                 deadline=deadline,
                 constraint=constraint,
-                text=self.model.encode is not None,
+                text=self.model.encode is not None and not call.embeds,
+                sums=call.embeds,
                 trace=trace,
             )
             for index, constraint in enumerate(constraints)
@@ -257,11 +291,13 @@ class Frontend:
 
     def _max_tokens(self, call: Call, num_prompt: int) -> int:
         room = self.context_length - num_prompt
+        if call.embeds and room >= 0:
+            return 0
         if room < 1:
             raise RequestError(
                 call.prompt_field,
-                f"has {num_prompt} tokens; the model's context holds {self.context_length} with the output. "
-                "Shorten it.",
+                f"has {num_prompt} tokens; the model's context holds {self.context_length}"
+                f"{'' if call.embeds else ' with the output'}. Shorten it.",
             )
         if call.max_tokens is None:
             return min(room, self.limits.max_tokens)
@@ -355,6 +391,14 @@ def _together(*outputs: Output) -> Output:
         text="".join(o.text for o in outputs),
         tokens=tuple(token for o in outputs for token in o.tokens),
     )
+
+
+def _embedding(output: Output) -> Embedding:
+    assert output.finish_reason is not None, "the last output"
+    if output.sums is None:
+        raise UnfinishedError(output.finish_reason)
+    length = max(float(np.linalg.norm(output.sums)), _LEAST_LENGTH)
+    return Embedding((output.sums / length).astype(np.float32), output.usage.prompt_tokens)
 
 
 def _size(output: Output) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from pippin.core.config import Config
 from pippin.core.config_tree import transform
@@ -22,7 +22,7 @@ from pippin.layers.context import Cache
 from pippin.layers.kernel_config import SelectKernelConfig
 from pippin.layers.kernel_paged_config import paged
 from pippin.layers.unrolled import unrolled, untied
-from pippin.serve.engine.request import Sampled
+from pippin.serve.engine.request import Sampled, Sums
 from pippin.serve.engine.scheduler import Limits, Row, doublings
 from pippin.serve.sampler import Sampler, compiler_options
 
@@ -46,6 +46,17 @@ class _Piece:
         if num_drafts == 0:
             return self.row
         return self.row.after(num_drafts) if num_drafts > 0 else None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Results:
+    """What a program gives for each of its rows."""
+
+    # Any: JAX takes it apart, and puts it together again of what stands for arrays.
+
+    logits: Any  # [R, V], after its last token
+    sums: Any  # [R, D], of the hidden states of its tokens; None: the program is for answers
 
 
 class ModelRunner:
@@ -76,16 +87,21 @@ class ModelRunner:
         self._cache = None  # before the new one: two may not fit
         self._cache = self._empty(self._params)
 
-    def run(self, rows: Sequence[Row]) -> list[list[Sampled]]:
+    def run(self, rows: Sequence[Row]) -> list[list[Sampled] | Sums]:
         """Computes a step; see `pippin.serve.engine.engine.Runner`."""
         computed = [(pieces, self._compute(pieces, shape)) for pieces, shape in self._split(rows)]
         sampled: dict[str, list[Sampled]] = {row.request_id: [] for row in rows}
-        for pieces, logits in computed:
-            asking = [piece.asking() for piece in pieces] + [None] * (logits.shape[0] - len(pieces))
-            for row, result in zip(asking, self._sampler(logits, asking), strict=True):
+        sums: dict[str, list[np.ndarray]] = {row.request_id: [] for row in rows if row.sums}
+        for pieces, results in computed:
+            asking = [piece.asking() for piece in pieces] + [None] * (results.logits.shape[0] - len(pieces))
+            for row, result in zip(asking, self._sampler(results.logits, asking), strict=True):
                 if row is not None and result is not None:
                     sampled[row.request_id].append(result)
-        return [sampled[row.request_id] for row in rows]
+            if results.sums is not None and any(piece.row.sums for piece in pieces):
+                for piece, of_piece in zip(pieces, np.asarray(results.sums), strict=False):
+                    if piece.row.sums:
+                        sums[piece.row.request_id].append(of_piece)
+        return [Sums(sums[row.request_id]) if row.sums else sampled[row.request_id] for row in rows]
 
     def shapes(self) -> list[tuple[int, int]]:
         """Rows and tokens a row of all programs."""
@@ -114,7 +130,7 @@ class ModelRunner:
                 self.shapes(), threads.map(compiled, self.shapes()), strict=True
             ):
                 self._programs[shape] = program
-                self._sampler.warm_up(self._compute([], shape))
+                self._sampler.warm_up(self._compute([], shape).logits)
                 told(shape, seconds)
 
     def _chunk_counts(self) -> list[int]:
@@ -137,11 +153,10 @@ class ModelRunner:
                 part = pieces[start : start + counts[-1]]
                 yield part, (next(n for n in counts if n >= len(part)), tokens)
 
-    def _compute(self, pieces: Sequence[_Piece], shape: tuple[int, int]) -> Float[Array, "R V"]:
-        """The logits after the last token of each piece."""
+    def _compute(self, pieces: Sequence[_Piece], shape: tuple[int, int]) -> "_Results":
         program = self._programs.get(shape, self._step)
-        logits, self._cache = program(self._params, self._cache, *self._inputs(pieces, shape))
-        return logits
+        results, self._cache = program(self._params, self._cache, *self._inputs(pieces, shape))
+        return results
 
     def _inputs(self, pieces: Sequence[_Piece], shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
         """The tokens, positions, tables of pages and places to read of a program."""
@@ -189,7 +204,13 @@ def _step(
     positions: Int[Array, "R T"],
     tables: Int[Array, "R P"],
     read: Int[Array, " R"],
-) -> tuple[Float[Array, "R V"], Cache]:
+) -> tuple[_Results, Cache]:
     model = merge(definition, params)
-    logits, cache = model.extend_at(tokens, positions, assign_pages(cache, tables), read)
-    return logits, assign_pages(cache, tables[:1])  # as it came in, so that its memory is used again
+    cache = assign_pages(cache, tables)
+    if tokens.shape[1] > 1:
+        logits, sums, cache = model.extend_and_sum_at(tokens, positions, cache, read)
+    else:
+        (logits, cache), sums = model.extend_at(tokens, positions, cache, read), None
+    return _Results(logits, sums), assign_pages(
+        cache, tables[:1]
+    )  # as it came in, so that its memory is used again

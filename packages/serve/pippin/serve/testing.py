@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2
 
 from pippin.serve.backend import Backend
 from pippin.serve.engine.engine import Engine, QueueLimits
-from pippin.serve.engine.request import Sampled
+from pippin.serve.engine.request import Sampled, Sums
 from pippin.serve.engine.scheduler import Limits, Row
 from pippin.serve.engine.testing import VOCAB_SIZE, FakeRunner, token_bytes
 from pippin.serve.options import Options
@@ -49,7 +49,7 @@ class SlowRunner(FakeRunner):
         super().__init__(limits)
         self._step_s = step_s
 
-    def run(self, rows: Sequence[Row]) -> list[list[Sampled]]:
+    def run(self, rows: Sequence[Row]) -> list[list[Sampled] | Sums]:
         time.sleep(self._step_s)
         return super().run(rows)
 

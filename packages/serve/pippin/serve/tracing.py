@@ -37,7 +37,10 @@ class Tracing:
 
     def begin(self, call: Call, headers: Mapping[str, str]) -> "SpanTrace":
         """The trace of a call that came; `headers` as `trace.trace_headers` finds them."""
-        operation = "chat" if isinstance(call.prompt, Chat) else "text_completion"
+        if call.embeds:
+            operation = "embeddings"
+        else:
+            operation = "chat" if isinstance(call.prompt, Chat) else "text_completion"
         span = self._tracer.start_span(
             f"{operation} {self._model_name}",
             context=self._propagator.extract(dict(headers)),
@@ -117,6 +120,8 @@ def otlp_exporter(endpoint: str) -> SpanExporter:
 
 def _asked(call: Call) -> dict[str, str | int | float]:
     """What a call asks for, as far as it is told."""
+    if call.embeds:
+        return {}
     sampling = call.sampling
     asked: dict[str, str | int | float | None] = {
         "gen_ai.request.max_tokens": call.max_tokens,

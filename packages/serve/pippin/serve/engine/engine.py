@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from pippin.serve.engine.request import FinishReason, Observer, Output, Request, Sampled, Timing, Usage
+import numpy as np
+
+from pippin.serve.engine.request import FinishReason, Observer, Output, Request, Sampled, Sums, Timing, Usage
 from pippin.serve.engine.scheduler import Generation, Limits, Row, Scheduler
 from pippin.serve.engine.suspects import Suspects
 from pippin.serve.engine.text import TextStream
@@ -27,11 +29,11 @@ OnOutput = Callable[[Output], None]
 class Runner(Protocol):
     """Who computes: the model and its cache."""
 
-    def run(self, rows: Sequence[Row]) -> Sequence[Sequence[Sampled]]:
+    def run(self, rows: Sequence[Row]) -> Sequence[Sequence[Sampled] | Sums]:
         """Computes the keys and values of all rows.
 
         The result is what follows each row that asks for it: behind its history, and behind each of its drafts as if
-        all before were right.
+        all before were right. Of a row that wants sums, it is these.
         """
         ...
 
@@ -320,19 +322,34 @@ class Engine:
         self._tell(lambda observer: observer.on_step(num_tokens, len(rows), now - start))
         self._tell(lambda observer: observer.on_tokens(gaps))
 
-    def _advance(self, rows: Sequence[Row], sampled: Sequence[Sequence[Sampled]], now: float) -> list[float]:
+    def _advance(
+        self, rows: Sequence[Row], sampled: Sequence[Sequence[Sampled] | Sums], now: float
+    ) -> list[float]:
         """Tells each request its tokens. The result: how long after the one before each came, in seconds."""
         gaps = []
         for row, of_row in zip(rows, sampled, strict=True):
             generation = self._scheduler.running.get(row.request_id)
             if generation is None:
                 continue  # it ended meanwhile; one with the same id may wait already
+            if isinstance(of_row, Sums):
+                self._add_sums(row, of_row)
+                continue
             tokens = row.accepted(of_row, lambda one: one.token)
             self._scheduler.update(row, [one.token for one in tokens if one.token >= 0])
             for one in tokens:
                 if row.request_id in self._streams:  # a token before may have ended it
                     gaps += self._next_token(generation, one, now)
         return gaps
+
+    def _add_sums(self, row: Row, sums: Sums) -> None:
+        total = self._scheduler.add_sums(row, sums)
+        if total is None:
+            return
+        if np.isfinite(total).all():
+            self._end(row.request_id, FinishReason.STOP, sums=total)
+        else:
+            self._log_later("request %s failed: its hidden states are not finite", row.request_id)
+            self._end(row.request_id, FinishReason.FAILED)
 
     def _next_token(self, generation: Generation, sampled: Sampled, now: float) -> list[float]:
         request_id = generation.request.request_id
@@ -389,12 +406,13 @@ class Engine:
         text: str = "",
         tokens: tuple[Sampled, ...] = (),
         matched: str | int | None = None,
+        sums: np.ndarray | None = None,
     ) -> None:
         """Frees all that a request has, and hands its caller the last output."""
         generation = self._scheduler.remove(request_id)
         stream = self._streams.pop(request_id)
         self._suspects.remove(request_id)
-        output = Output(request_id, text, tokens, reason, matched, _usage(generation))
+        output = Output(request_id, text, tokens, reason, matched, _usage(generation), sums)
         times = Timing(generation.arrived, generation.scheduled, generation.first_token, self.clock())
         self._part(stream, output, times)
         self._lock.notify_all()

@@ -1,15 +1,17 @@
 """The engine with a runner whose answers are known: outputs, limits, deadlines, cancellation, failures, the end."""
 
+import dataclasses
 import queue
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.engine.request import FinishReason, Request
 from pippin.serve.engine.scheduler import Limits
-from pippin.serve.engine.testing import FakeRunner, answer, token_bytes
+from pippin.serve.engine.testing import FakeRunner, answer, hidden, token_bytes
 from pippin.serve.errors import DrainingError, DuplicateError, QueueFullError, RequestError
 
 LIMITS = Limits(num_pages=32, page_size=4, max_requests=4, chunk_tokens=16, row_tokens=4)
@@ -371,6 +373,49 @@ def test_what_is_left_after_the_grace_is_told(make_engine):
     threading.Timer(0.05, runner.hold.set).start()
     engine.stop(0)
     assert caller.wait()[-1].finish_reason is FinishReason.SHUTDOWN
+
+
+def _sum(text):
+    return np.sum([hidden(token) for token in text], axis=0, dtype=np.float64)
+
+
+def test_sums_are_of_the_whole_prompt_whatever_is_cached_and_served_beside(make_engine):
+    engine, _ = make_engine(dataclasses.replace(LIMITS, num_pages=20))
+    submit(engine, "known", b"a text that is known " * 2, 2).wait()
+    others = [submit(engine, str(i), b"prompt %02d" % i * 4, 12) for i in range(6)]
+    asked = {"e1": b"a text that is known " * 2, "e2": b"x", "e3": b"a longer one " * 5}
+    callers = {name: submit(engine, name, text, 0, sums=True, text=False) for name, text in asked.items()}
+    for name, caller in callers.items():
+        (output,) = caller.wait()
+        assert output.finish_reason is FinishReason.STOP
+        np.testing.assert_array_equal(output.sums, _sum(asked[name]))
+        assert (output.usage.prompt_tokens, output.usage.output_tokens) == (len(asked[name]), 0)
+    for i, caller in enumerate(others):
+        assert text(caller.wait()) == bytes(answer(b"prompt %02d" % i * 4, 12)).decode()
+
+
+def test_sums_have_deadlines_and_bounds_and_fail_alone(make_engine):
+    clock = Clock()
+    engine, runner = make_engine(clock=clock)
+    runner.hold.clear()
+    late = submit(engine, "late", b"x" * 100, 0, sums=True, deadline=105.0)
+    wait_for(lambda: engine.load().num_running == 1)
+    runner.broken.add("bad")
+    bad = submit(engine, "bad", b"x" * 60, 0, sums=True)
+    good = submit(engine, "good", b"y" * 60, 0, sums=True)
+    clock.now = 110.0
+    runner.hold.set()
+    assert late.wait()[-1].finish_reason is FinishReason.DEADLINE
+    assert bad.wait()[-1].finish_reason is FinishReason.FAILED
+    np.testing.assert_array_equal(good.wait()[-1].sums, _sum(b"y" * 60))
+    with pytest.raises(RequestError):
+        submit(engine, "long", b"x" * 129, 0, sums=True)
+
+
+def test_sums_that_are_not_finite_fail(make_engine, monkeypatch):
+    monkeypatch.setattr("pippin.serve.engine.testing.hidden", lambda token: np.array([1.0, np.nan]))
+    engine, _ = make_engine()
+    assert submit(engine, "e", b"x", 0, sums=True).wait()[-1].finish_reason is FinishReason.FAILED
 
 
 class _Observer:

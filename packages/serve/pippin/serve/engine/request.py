@@ -64,7 +64,7 @@ class Request:
 
     request_id: str
     prompt: tuple[int, ...]  # at least one id
-    max_tokens: int  # of output, at least 1
+    max_tokens: int  # of output, at least 1, but with `sums`
     sampling: Sampling = Sampling()
     stop_ids: frozenset[int] = frozenset()  # end the text and are left out of it
     stop_strings: tuple[str, ...] = ()  # end the text and are left out of it
@@ -74,6 +74,9 @@ class Request:
     deadline: float | None = None  # seconds on the engine's clock
     constraint: Constraint | None = None
     text: bool = True  # whether text is wanted, beside ids
+    # Wants the sum of the prompt's hidden states, and no tokens: max_tokens is 0. It finds no cached prefix: what is
+    # cached are keys and values.
+    sums: bool = False
     trace: "Trace | None" = None
 
     @property
@@ -89,6 +92,13 @@ class Sampled:
     token: int  # negative: the logits are not finite, and there is none
     logprob: float | None = None  # of the model's own distribution, before temperature and what follows it
     top: tuple[tuple[int, float], ...] = ()  # the most likely ids and their log-probabilities
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Sums of the hidden states of a row's tokens, of parts that are the same whatever else is in the step, in order."""
+
+    parts: Sequence[np.ndarray]  # [D] each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +120,7 @@ class Output:
     finish_reason: FinishReason | None = None
     matched_stop: str | int | None = None  # the string or the id that ended the text
     usage: Usage = Usage()  # so far
+    sums: np.ndarray | None = None  # [D], float64: where the request wanted it, and FinishReason.STOP
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from pippin.serve.callers import Identities
 from pippin.serve.frontend import Frontend
 from pippin.serve.http.api import OpenAIApi
+from pippin.serve.http.embeddings import EmbeddingsApi
 from pippin.serve.http.guard import Guard
 from pippin.serve.http.http_limits import HttpLimits
 
@@ -43,6 +44,7 @@ def make_app(
     """The application. The page's files are anybody's, all else needs a caller who is known."""
     routes = [
         *OpenAIApi(frontend, limits).routes(),
+        *EmbeddingsApi(frontend, limits).routes(),
         *_state_routes(frontend, is_serving, registry),
         *(_page_route(path) for path in _FILES),
     ]

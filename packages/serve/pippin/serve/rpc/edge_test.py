@@ -8,6 +8,7 @@ import time
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pippin.serve.engine.engine import QueueLimits
-from pippin.serve.engine.testing import answer
+from pippin.serve.engine.testing import answer, hidden
 from pippin.serve.request_limits import RequestLimits
 from pippin.serve.testing import SlowRunner, details_of, fake_backend, fields_of, serving, text_of
 from pippin.v1 import inference_pb2 as pb
@@ -118,13 +119,62 @@ async def test_tokens_are_counted_as_they_would_be_taken():
 async def test_the_model_claims_what_it_can_and_no_more():
     async with serving() as served:
         model = await served.method("GetModel")(pb.GetModelRequest())
-        assert list(model.capabilities) == [pb.CAPABILITY_TEXT, pb.CAPABILITY_CHAT]
+        can = [pb.CAPABILITY_TEXT, pb.CAPABILITY_CHAT, pb.CAPABILITY_EMBED]
+        assert list(model.capabilities) == can
+        assert model.limits.max_logprob_values == 1 << 18
         assert (model.name, model.context_length, model.limits.max_n) == ("letters", 512, 16)
-        async with fails_with(grpc.StatusCode.UNIMPLEMENTED):
-            await served.method("Embed")(pb.EmbedRequest(text="a"))
         async with fails_with(grpc.StatusCode.UNIMPLEMENTED) as error:
             await served.generate(regex="a+")
         assert details_of(error[0])["ErrorInfo"].reason == "UNSUPPORTED"
+
+
+async def test_a_text_has_a_vector_of_length_1():
+    text = "a text of more than one step " * 10
+    async with serving() as served:
+        embed = served.method("Embed")
+        told = await embed(pb.EmbedRequest(text=text))
+        ids = pb.TokenIds(ids=text.encode())
+        again, other = await asyncio.gather(
+            embed(pb.EmbedRequest(token_ids=ids)), embed(pb.EmbedRequest(text="b"))
+        )
+    expected = np.sum([hidden(token) for token in text.encode()], axis=0, dtype=np.float64)
+    np.testing.assert_allclose(told.values, expected / np.linalg.norm(expected), rtol=1e-6)
+    assert told == again and told.prompt_tokens == len(text)
+    assert list(other.values) != list(told.values)
+
+
+async def test_what_is_wrong_with_a_text_to_embed_is_told_by_path():
+    async with serving() as served:
+        embed = served.method("Embed")
+        for request, fields in (
+            (pb.EmbedRequest(), ["input"]),
+            (pb.EmbedRequest(text=""), ["text"]),
+            (pb.EmbedRequest(text="a" * 513), ["text"]),
+            (pb.EmbedRequest(token_ids=pb.TokenIds(ids=[1, 999])), ["token_ids.ids[1]"]),
+            (pb.EmbedRequest(text="a", priority=101, timeout=Duration(seconds=-1)), ["priority", "timeout"]),
+        ):
+            async with fails_with(INVALID) as error:
+                await embed(request)
+            assert fields_of(error[0]) == fields
+        assert (await embed(pb.EmbedRequest(text="a" * 512))).prompt_tokens == 512
+
+
+async def test_embedding_has_deadlines_and_queues_as_generating_has():
+    fake = fake_backend(queue=QueueLimits(max_waiting=1))
+    fake.runner.hold.clear()
+    async with serving(fake) as served:
+        embed = served.method("Embed")
+        async with fails_with(grpc.StatusCode.DEADLINE_EXCEEDED):
+            await embed(pb.EmbedRequest(text="a", timeout=Duration(nanos=50_000_000)))
+        calls = [embed(pb.EmbedRequest(text="a")) for _ in range(12)]
+        codes = [asyncio.ensure_future(call.code()) for call in calls]
+        refused, _ = await asyncio.wait(codes, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        assert {code.result() for code in refused} == {EXHAUSTED}
+        calls[0].cancel()
+        fake.runner.hold.set()
+        found = set(await asyncio.gather(*codes))
+        assert found == {EXHAUSTED, grpc.StatusCode.CANCELLED, grpc.StatusCode.OK}
+        await served.idle()
 
 
 async def test_all_that_is_wrong_with_a_request_is_told_by_path():

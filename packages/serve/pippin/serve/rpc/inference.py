@@ -11,12 +11,12 @@ from google.protobuf import duration_pb2
 from pippin.serve.call import Prompt
 from pippin.serve.endings import SUCCESS
 from pippin.serve.engine.request import FinishReason, Output, Sampled, Usage
-from pippin.serve.errors import UnfinishedError, UnsupportedError
+from pippin.serve.errors import UnfinishedError
 from pippin.serve.frontend import Frontend, Generation, collect
 from pippin.serve.rpc.guard import current_caller
 from pippin.serve.rpc.service import service_handler
 from pippin.serve.trace import trace_headers
-from pippin.serve.validate import validate_batch, validate_generate, validate_prompt
+from pippin.serve.validate import validate_batch, validate_embed, validate_generate, validate_prompt
 from pippin.serve.version import server_version
 from pippin.v1 import inference_pb2 as pb
 
@@ -99,6 +99,7 @@ class InferenceService:
             pb.CAPABILITY_TEXT: model.encode is not None,
             pb.CAPABILITY_CHAT: model.encode_chat is not None,
             pb.CAPABILITY_CONSTRAINTS: model.compile_constraint is not None,
+            pb.CAPABILITY_EMBED: True,
         }
         longest = duration_pb2.Duration()
         longest.FromMilliseconds(int(limits.max_timeout_s * 1000))
@@ -124,8 +125,16 @@ class InferenceService:
             server_version=server_version(),
         )
 
-    async def embed(self, request: pb.EmbedRequest, _: object) -> pb.EmbedResponse:
-        raise UnsupportedError("This server makes no embeddings (GetModel names no CAPABILITY_EMBED).")
+    async def embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
+        call = validate_embed(request, self._frontend.model, self._frontend.limits)
+        (embedding,) = await self._frontend.embed(
+            [call],
+            current_caller().tenant,
+            self._deadline(context),
+            _trace_headers(context),
+            lambda _, field: field,
+        )
+        return pb.EmbedResponse(values=embedding.values, prompt_tokens=embedding.prompt_tokens)
 
     async def _encode(self, request: pb.TokenizeRequest | pb.CountTokensRequest) -> Sequence[int]:
         prompt: Prompt
