@@ -55,6 +55,10 @@ class NotFoundError(PippinError):
     """Something that is asked for by name, and is not here."""
 
 
+class PreconditionError(PippinError):
+    """Something that cannot be done as things stand; who asks has to change them first."""
+
+
 class SlowReaderError(PippinError):
     """A caller who does not read what comes."""
 

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pippin.serve.backend import Backend
 from pippin.serve.constraints import ConstraintCompiler
 from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.engine.scheduler import Limits
+from pippin.serve.reload import Reader
 from pippin.serve.runner import ModelRunner, page_bytes
 from pippin.serve.served_model import Message, ServedModel
 
@@ -83,7 +84,8 @@ def open_served(path: Path, sizes: Sizes, queue: QueueLimits, name: str | None =
             f"{path} holds a {type(cfg).__name__}, which is no language model. Give another."
         )
     tokenizer = None if bundle.tokenizer is None else load_tokenizer(bundle.tokenizer)
-    cfg, params = _in_served_dtype(cfg, bundle.params())
+    cfg, cast = _in_served_dtype(cfg)
+    params = cast(bundle.params())
     clock.log("weights and tokenizer")
     limits = _limits(cfg, _context(bundle, sizes), sizes)
     runner = ModelRunner(cfg, params, limits)
@@ -93,6 +95,7 @@ def open_served(path: Path, sizes: Sizes, queue: QueueLimits, name: str | None =
     served = _served(name or path.absolute().name, cfg, tokenizer, bundle, limits)
     token_bytes = tokenizer.token_bytes if tokenizer else _no_bytes
     _log.info("%s: %d tokens of context, %d at a time", served.name, limits.max_context, limits.max_requests)
+    served = dataclasses.replace(served, read_anew=Reader(path, bundle, runner, cast))
     return Backend(Engine(runner, limits, token_bytes, queue=queue), served)
 
 
@@ -158,8 +161,11 @@ def _limits(cfg: CausalLMConfig, context: int, sizes: Sizes) -> Limits:
     return dataclasses.replace(limits, num_pages=min(num_pages, most), longest=context)
 
 
-def _in_served_dtype(cfg: CausalLMConfig, params: Mapping[str, Any]) -> tuple[CausalLMConfig, dict[str, Any]]:
-    """On CPUs all in float32, which is the fastest there; elsewhere weights in the dtype of activations."""
+def _in_served_dtype(cfg: CausalLMConfig) -> tuple[CausalLMConfig, Callable[[Any], Any]]:
+    """The config, and what casts its parameters.
+
+    On CPUs all in float32, which is the fastest there; elsewhere weights in the dtype of activations.
+    """
     if jax.default_backend() == "cpu":
         cfg = cfg.set(activation_dtype=FloatType.FLOAT32)
     dtype = jax.numpy.dtype(cfg.activation_dtype.value)
@@ -167,7 +173,7 @@ def _in_served_dtype(cfg: CausalLMConfig, params: Mapping[str, Any]) -> tuple[Ca
     def cast(values: np.ndarray) -> np.ndarray:
         return values.astype(dtype, copy=False) if jax.numpy.issubdtype(values.dtype, np.floating) else values
 
-    return cfg, jax.tree.map(cast, dict(params))
+    return cfg, lambda params: jax.tree.map(cast, dict(params))
 
 
 def _no_bytes(token: int) -> bytes:

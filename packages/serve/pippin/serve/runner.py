@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from pippin.core.config import Config
 from pippin.core.config_tree import transform
-from pippin.core.module import Params, merge, split
+from pippin.core.module import Params, flatten_params, merge, split
 from pippin.layers.cache_paged import assign_pages
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.context import Cache
@@ -24,6 +24,7 @@ from pippin.layers.kernel_paged_config import paged
 from pippin.layers.unrolled import unrolled, untied
 from pippin.serve.engine.request import Sampled, Sums
 from pippin.serve.engine.scheduler import Limits, Row, doublings
+from pippin.serve.errors import PreconditionError
 from pippin.serve.sampler import Sampler, compiler_options
 
 # The least tokens of a program for prompts: from 36 on, products on a CPU sum in one order (see `Limits.answer_rows`).
@@ -68,12 +69,14 @@ class ModelRunner:
 
     def __init__(self, cfg: CausalLMConfig, params: Mapping[str, Any], limits: Limits):
         """Takes a model's config and its parameters."""
-        cfg, params = untied(*unrolled(cfg, params))
+        trained = cfg
+        cfg, params = _formed(cfg, params)
         cfg = _in_pages(cfg, limits.page_size, limits.num_pages)
         self.limits = limits
         self._table_size = -(-limits.max_context // limits.page_size)
         definition, _ = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
-        self._params: Params = jax.tree.map(jnp.asarray, params)
+        self._params: Params = _placed(params)
+        self._trained = trained
         self._empty = jax.jit(partial(_empty_cache, definition, self._table_size * limits.page_size))
         self._step = jax.jit(
             partial(_step, definition), donate_argnums=1, compiler_options=compiler_options()
@@ -86,6 +89,27 @@ class ModelRunner:
         """Makes the cache anew. What pages held is lost."""
         self._cache = None  # before the new one: two may not fit
         self._cache = self._empty(self._params)
+
+    def prepare(self, params: Mapping[str, Any]) -> Params:
+        """Other parameters of the same model, as `exchange` takes them. Steps may be computed meanwhile.
+
+        Raises:
+            PreconditionError: they have other names, shapes or dtypes.
+        """
+        _, params = _formed(self._trained, params)
+        new, old = flatten_params(params), flatten_params(self._params)
+        different = sorted({n for n in {*new, *old} if _kind(new.get(n)) != _kind(old.get(n))})
+        if different:
+            name = different[0]
+            raise PreconditionError(
+                f"The weights are those of another model: {name} is {_kind(new.get(name))}, and "
+                f"{_kind(old.get(name))} is served."
+            )
+        return _placed(params)
+
+    def exchange(self, prepared: Params) -> None:
+        """Computes with other parameters from now on. What pages hold is of no use any more."""
+        self._params = prepared
 
     def run(self, rows: Sequence[Row]) -> list[list[Sampled] | Sums]:
         """Computes a step; see `pippin.serve.engine.engine.Runner`."""
@@ -170,6 +194,20 @@ class ModelRunner:
             tables[i, : len(piece.row.pages)] = piece.row.pages
             read[i] = count - 1
         return tokens, positions, tables, read
+
+
+def _formed(cfg: CausalLMConfig, params: Mapping[str, Any]) -> tuple[CausalLMConfig, Params]:
+    """A trained model in the form in which it is computed."""
+    return untied(*unrolled(cfg, params))
+
+
+def _placed(params: Params) -> Params:
+    return jax.tree.map(jnp.asarray, params)
+
+
+def _kind(array: Any) -> str:
+    """Its dtype and shape, as text."""
+    return "absent" if array is None else f"{array.dtype}{list(array.shape)}"
 
 
 def _in_pages(cfg: CausalLMConfig, page_size: int, num_pages: int) -> CausalLMConfig:

@@ -61,3 +61,6 @@ class ServedModel:
     # The ids of a conversation and of the start of the model's answer; None: it has no chat template.
     encode_chat: Callable[[Sequence[Message]], Sequence[int]] | None = None
     compile_constraint: Callable[[ConstraintSpec], Constraint] | None = None
+    # Reads the model's files anew, and gives what makes them the ones that are served: that is called between two
+    # steps. None: it cannot.
+    read_anew: Callable[[], Callable[[], None]] | None = None

@@ -132,7 +132,7 @@ async def _start(options: Options, backend: Backend, undo: contextlib.AsyncExitS
     address = listen(options.address, guard, served, tls)
     admin_address = probe_address = None
     if options.admin_address:
-        looked_after = {admin.SERVICE.full_name: AdminService(engine).handler(), **shared}
+        looked_after = {admin.SERVICE.full_name: AdminService(engine, backend.model).handler(), **shared}
         admin_address = listen(options.admin_address, guard, looked_after, tls)
     if options.probe_address:
         anybody = Guard(Authenticator(Identities(None)), limits.slow_reader_timeout_s)

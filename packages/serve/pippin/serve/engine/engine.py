@@ -1,5 +1,6 @@
 """The engine: a thread that computes step after step, for as many requests as there are."""
 
+import concurrent.futures
 import dataclasses
 import logging
 import threading
@@ -13,7 +14,7 @@ from pippin.serve.engine.request import FinishReason, Observer, Output, Request,
 from pippin.serve.engine.scheduler import Generation, Limits, Row, Scheduler
 from pippin.serve.engine.suspects import Suspects
 from pippin.serve.engine.text import TextStream
-from pippin.serve.errors import DrainingError, DuplicateError, QueueFullError, RequestError
+from pippin.serve.errors import DrainingError, DuplicateError, PreconditionError, QueueFullError, RequestError
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +81,14 @@ class _Stream:
         self.text = TextStream(token_bytes, request.stop_strings) if wants_text else None
 
 
+class _Exchange:
+    """A change that waits until nothing is being served."""
+
+    def __init__(self, change: Callable[[], None]):
+        self.change = change
+        self.done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+
 class Engine:
     """Serves requests with a runner, in a thread of its own.
 
@@ -105,6 +114,7 @@ class Engine:
             Callable[[], None]
         ] = []  # what the thread tells others, in this order, without the lock
         self._suspects = Suspects()
+        self._exchange: _Exchange | None = None
         self._lock = threading.Condition()
         self._draining = self._stopped = False
         self._steps = self._generated = 0
@@ -153,6 +163,25 @@ class Engine:
             if request_id in self._scheduler:
                 self._end(request_id, FinishReason.CANCELLED)
 
+    def exchange(self, change: Callable[[], None]) -> concurrent.futures.Future[None]:
+        """Has the engine's thread change what the runner computes with, between two steps.
+
+        Requests that had a turn are served to their ends before; those that wait, and those that come, are served after.
+        What the cache holds is forgotten. The result is set when it is done, or has the error of the change.
+
+        Raises:
+            PreconditionError: another change waits.
+            DrainingError: no more requests are taken.
+        """
+        with self._lock:
+            if self._draining:
+                raise DrainingError("this server is about to stop.")
+            if self._exchange is not None:
+                raise PreconditionError("A change waits for requests to end already. Wait for it, too.")
+            self._exchange = _Exchange(change)
+            self._lock.notify_all()
+            return self._exchange.done
+
     def load(self) -> Load:
         """How busy the engine is now."""
         with self._lock:
@@ -193,6 +222,8 @@ class Engine:
             for request_id in list(self._streams):
                 self._end(request_id, FinishReason.SHUTDOWN)
             self._stopped = True
+            if self._exchange is not None:
+                self._exchange.done.cancel()
             self._lock.notify_all()
         if self._thread.is_alive():
             self._thread.join(_LAST_STEP_S)
@@ -229,13 +260,37 @@ class Engine:
     def _turn(self) -> None:
         """Waits for work, and computes a step."""
         with self._lock:
-            while not (self._streams or self._outbox or self._stopped):
+            while not (self._streams or self._outbox or self._stopped or self._exchange):
                 self._lock.wait()
             self._expire()
-            rows = self._scheduler.schedule(self.clock(), self._suspects.group)
+            # Until a change that waits is made, only those go on that have begun.
+            only = self._suspects.group or (self._scheduler.begun() if self._exchange else None)
+            changes = self._exchange is not None and not only
+            rows = [] if changes else self._scheduler.schedule(self.clock(), only)
         self._deliver()
-        if rows and not self._stopped:
+        if changes and not self._stopped:
+            self._change()
+        elif rows and not self._stopped:
             self._step(rows)
+
+    def _change(self) -> None:
+        """Makes the change that waits; nothing is being served."""
+        exchange, error = self._exchange, None
+        assert exchange is not None
+        wanted = exchange.done.set_running_or_notify_cancel()
+        if wanted:
+            try:
+                exchange.change()
+            except Exception as e:  # noqa: BLE001  whoever asked for it is told, and all else goes on
+                error = e
+        with self._lock:
+            self._exchange = None
+            self._scheduler.reset()
+            self._progress = self.clock()
+        if wanted and error is None:
+            exchange.done.set_result(None)
+        elif wanted:
+            exchange.done.set_exception(error)
 
     def _start_over(self) -> None:
         """Ends all requests, whatever state they are in, and forgets them."""

@@ -12,7 +12,7 @@ from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.engine.request import FinishReason, Request
 from pippin.serve.engine.scheduler import Limits
 from pippin.serve.engine.testing import FakeRunner, answer, hidden, token_bytes
-from pippin.serve.errors import DrainingError, DuplicateError, QueueFullError, RequestError
+from pippin.serve.errors import DrainingError, DuplicateError, PreconditionError, QueueFullError, RequestError
 
 LIMITS = Limits(num_pages=32, page_size=4, max_requests=4, chunk_tokens=16, row_tokens=4)
 
@@ -416,6 +416,78 @@ def test_sums_that_are_not_finite_fail(make_engine, monkeypatch):
     monkeypatch.setattr("pippin.serve.engine.testing.hidden", lambda token: np.array([1.0, np.nan]))
     engine, _ = make_engine()
     assert submit(engine, "e", b"x", 0, sums=True).wait()[-1].finish_reason is FinishReason.FAILED
+
+
+def test_a_change_waits_for_those_that_have_begun_and_comes_before_those_that_wait(make_engine):
+    engine, runner = make_engine(dataclasses.replace(LIMITS, max_requests=2, num_pages=16))
+    runner.hold.clear()
+    begun = {name: submit(engine, name, name.encode(), 20) for name in ("a", "b")}
+    wait_for(lambda: engine.load().num_running == 2)
+    waiting = submit(engine, "c", b"a", 20)
+    done = engine.exchange(lambda: setattr(runner, "letters", 3))
+    with pytest.raises(PreconditionError, match="waits for requests to end already"):
+        engine.exchange(lambda: None)
+    runner.hold.set()
+    assert done.result(20) is None
+    for name, caller in begun.items():
+        assert text(caller.wait()) == bytes(answer(name.encode(), 20)).decode()
+    assert text(waiting.wait()) == bytes(answer(b"a", 20, letters=3)).decode()
+    engine.exchange(lambda: setattr(runner, "letters", 4)).result(20)  # and again, while nothing is served
+    assert text(submit(engine, "d", b"a", 20).wait()) == bytes(answer(b"a", 20, letters=4)).decode()
+
+
+def test_one_that_gave_up_its_turn_ends_before_a_change(make_engine):
+    engine, runner = make_engine(dataclasses.replace(LIMITS, num_pages=14, max_requests=4))
+    callers = {}
+    runner.hold.clear()
+    for name in ("a", "b", "c"):
+        callers[name] = submit(engine, name, name.encode() * 12, 16)
+        wait_for(lambda: engine.load().num_running + engine.load().num_waiting == len(callers))
+    wait_for(lambda: engine.load().num_running >= 1)
+    runner.hold.set()
+    wait_for(lambda: engine.load().preemptions > 0 or not engine.load().num_running)
+    done = engine.exchange(lambda: setattr(runner, "letters", 2))
+    new = submit(engine, "new", b"x", 8)
+    done.result(20)
+    for name, caller in callers.items():
+        assert text(caller.wait()) == bytes(answer(name.encode() * 12, 16)).decode()
+    assert text(new.wait()) == bytes(answer(b"x", 8, letters=2)).decode()
+
+
+def test_no_prefix_of_before_a_change_is_used_after_it(make_engine):
+    engine, runner = make_engine()
+    prompt = b"a text that is known"
+    submit(engine, "1", prompt, 2).wait()
+    engine.exchange(lambda: setattr(runner, "letters", 3)).result(20)
+    outputs = submit(engine, "2", prompt, 2).wait()
+    assert outputs[-1].usage.cached_tokens == 0
+    assert submit(engine, "3", prompt, 2).wait()[-1].usage.cached_tokens == 16
+
+
+def test_a_change_that_fails_is_told_and_all_goes_on(make_engine):
+    engine, _ = make_engine()
+
+    def fail():
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        engine.exchange(fail).result(20)
+    assert text(submit(engine).wait()) == bytes(answer(b"hello", 6)).decode()
+    engine.exchange(lambda: None).result(20)
+
+
+def test_a_change_ends_with_the_engine(make_engine):
+    engine, runner = make_engine()
+    runner.hold.clear()
+    caller = submit(engine)
+    wait_for(lambda: engine.load().num_running == 1)
+    done = engine.exchange(lambda: None)
+    threading.Timer(0.05, runner.hold.set).start()
+    engine.stop(0)
+    assert done.cancelled() or done.done()
+    assert caller.wait()[-1].finish_reason in (FinishReason.SHUTDOWN, FinishReason.LENGTH)
+    with pytest.raises(DrainingError):
+        engine.exchange(lambda: None)
 
 
 class _Observer:

@@ -148,6 +148,10 @@ class Scheduler:
         """All that wait or are served."""
         return list(self._generations.values())
 
+    def begun(self) -> list[str]:
+        """The ids of those that are served, or were and gave up their turn."""
+        return [g.request.request_id for g in self._generations.values() if g.scheduled is not None]
+
     def add(self, request: Request, now: float) -> Generation:
         """Takes a request, which fits into the cache and whose id is not in use."""
         assert request.request_id not in self and request.num_tokens <= self.limits.max_context

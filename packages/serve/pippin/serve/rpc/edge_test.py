@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import pathlib
 import tempfile
+import threading
 import time
 
 import grpc
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 
 from pippin.serve.engine.engine import QueueLimits
 from pippin.serve.engine.testing import answer, hidden
+from pippin.serve.errors import PreconditionError
 from pippin.serve.request_limits import RequestLimits
 from pippin.serve.testing import SlowRunner, details_of, fake_backend, fields_of, serving, text_of
 from pippin.v1 import inference_pb2 as pb
@@ -447,6 +450,81 @@ async def test_admin_is_nowhere_but_on_its_own_address(socket_folder):
         assert details_of(error[0])["RetryInfo"] == error_details_pb2.RetryInfo(
             retry_delay=Duration(seconds=1)
         )
+
+
+def _reloading(read=None):
+    """A backend whose model has other answers after it was read anew."""
+    fake = fake_backend(make_runner=lambda limits: SlowRunner(limits, 0.01))
+
+    def read_anew():
+        if read is not None:
+            read()
+        return lambda: setattr(fake.runner, "letters", 2)
+
+    model = dataclasses.replace(fake.backend.model, read_anew=read_anew)
+    return dataclasses.replace(fake, backend=dataclasses.replace(fake.backend, model=model))
+
+
+async def test_reload_serves_the_new_model_and_what_has_begun_by_the_old(socket_folder):
+    address = f"unix:{socket_folder}/admin"
+    prompt = list(b"hello")
+    async with (
+        serving(_reloading(), admin_address=address) as served,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        model = await served.method("GetModel")(pb.GetModelRequest())
+        assert pb.CAPABILITY_RELOAD in model.capabilities
+        begun = asyncio.create_task(served.generate(max_tokens=40, seed=1))
+        while served.engine.load().generated < 3:
+            await asyncio.sleep(0.005)
+        reload = asyncio.create_task(served.method("Reload", channel)(pb.ReloadRequest()).code())
+        await asyncio.sleep(0.1)
+        check = await served.method("Check")(health_pb2.HealthCheckRequest())
+        assert check.status == health_pb2.HealthCheckResponse.SERVING and not reload.done()
+        late = await served.generate(max_tokens=10, seed=1)
+        assert await reload is grpc.StatusCode.OK
+        assert text_of(await begun) == bytes(answer(prompt, 40, 1)).decode()
+        assert text_of(late) == bytes(answer(prompt, 10, 1, letters=2)).decode()
+
+
+async def test_a_second_reload_at_once_and_one_that_fails_are_told(socket_folder):
+    address, release, wrong = f"unix:{socket_folder}/admin", threading.Event(), []
+
+    def read():
+        release.wait(10)
+        if wrong:
+            raise PreconditionError("The model's files hold another model than is served: dim: 2 -> 3.")
+
+    async with (
+        serving(_reloading(read), admin_address=address) as served,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        reload = served.method("Reload", channel)
+        first = reload(pb.ReloadRequest())
+        await asyncio.sleep(0.1)
+        async with fails_with(grpc.StatusCode.FAILED_PRECONDITION) as error:
+            await reload(pb.ReloadRequest())
+        assert "already" in error[0].details()
+        first.cancel()  # it goes on
+        release.set()
+        while served.runner.letters != 2:
+            await asyncio.sleep(0.01)
+        wrong.append(True)
+        async with fails_with(grpc.StatusCode.FAILED_PRECONDITION) as error:
+            async with asyncio.timeout(5):
+                await reload(pb.ReloadRequest())
+        assert "dim: 2 -> 3" in error[0].details()
+        assert await served.generate(max_tokens=2)
+
+
+async def test_a_server_that_cannot_reload_says_so(socket_folder):
+    address = f"unix:{socket_folder}/admin"
+    async with (
+        serving(admin_address=address) as served,
+        grpc.aio.insecure_channel(address) as channel,
+        fails_with(grpc.StatusCode.UNIMPLEMENTED),
+    ):
+        await served.method("Reload", channel)(pb.ReloadRequest())
 
 
 @pytest.mark.parametrize("on", [False, True])

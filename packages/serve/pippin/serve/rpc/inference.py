@@ -100,6 +100,7 @@ class InferenceService:
             pb.CAPABILITY_CHAT: model.encode_chat is not None,
             pb.CAPABILITY_CONSTRAINTS: model.compile_constraint is not None,
             pb.CAPABILITY_EMBED: True,
+            pb.CAPABILITY_RELOAD: model.read_anew is not None,
         }
         longest = duration_pb2.Duration()
         longest.FromMilliseconds(int(limits.max_timeout_s * 1000))
