@@ -43,6 +43,15 @@ async def test_a_chat_whole_and_in_chunks():
     assert chunks[-1].usage and chunks[-1].usage.total_tokens == 38
 
 
+async def test_embeddings():
+    async with serving(http_port=0) as served, client_of(served) as client:
+        told = await client.embeddings.create(model="letters", input=["hello", "there"])
+        plain = await client.embeddings.create(model="letters", input="there", encoding_format="float")
+    assert told.usage.total_tokens == 10 and [one.index for one in told.data] == [0, 1]
+    assert told.data[1].embedding == pytest.approx(plain.data[0].embedding)
+    assert sum(x * x for x in told.data[0].embedding) == pytest.approx(1.0)
+
+
 async def test_a_conversation_goes_on_from_what_came_back():
     async with serving(http_port=0) as served, client_of(served) as client:
         first = await client.chat.completions.create(**CHAT, max_tokens=5)

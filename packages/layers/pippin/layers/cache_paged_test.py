@@ -6,7 +6,7 @@ import pytest
 
 from pippin.core.config_tree import override, replace
 from pippin.core.errors import ConfigError
-from pippin.layers import configs
+from pippin.layers import configs, reference
 from pippin.layers.cache_paged import PagedState, assign_pages
 from pippin.layers.testing import assert_exact, float64_fixture, normal, parts, positions
 
@@ -89,6 +89,24 @@ def test_tokens_at_given_positions_continue_as_those_in_order():
         got, cache = extend_at(m.params, tokens, jnp.asarray(at), cache, jnp.asarray(last))
         for row, stop in enumerate(stops):
             np.testing.assert_allclose(got[row], expected[row, stop - 1], rtol=1e-5, atol=1e-5)
+
+
+def test_sums_of_hidden_states_are_of_all_tokens_but_padding():
+    m = parts(configs.paged(page_size=_PAGE)(_MODEL))
+    cache = m.method("init_cache", batch_size=2, max_len=13)(m.params)
+    total, extend_at = np.zeros((2, 8)), m.method("extend_at")
+    for start, stop in ((0, 3), (3, 5)):
+        steps = start + np.arange(3)[None]
+        at = jnp.asarray(np.repeat(np.where(steps < stop, steps, -1), 2, axis=0).astype(np.int32))
+        tokens = jnp.take_along_axis(_TOKENS, jnp.maximum(at, 0), axis=1)
+        last = jnp.full(2, stop - start - 1, jnp.int32)
+        expected, _ = extend_at(m.params, tokens, at, cache, last)
+        got, sums, cache = m.method("extend_and_sum_at")(m.params, tokens, at, cache, last)
+        np.testing.assert_array_equal(got, expected)
+        total += np.asarray(sums, np.float64)
+    tokens, at = np.asarray(_TOKENS[:, :5]), np.asarray(positions(2, 5))
+    hidden = reference.hidden_states(m.params, tokens, at, 2, head_dim=_H)
+    np.testing.assert_allclose(total, np.sum(hidden, axis=1), rtol=1e-5, atol=1e-5)
 
 
 def test_tokens_without_a_page_are_not_kept():

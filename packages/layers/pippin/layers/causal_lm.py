@@ -116,10 +116,33 @@ class CausalLM(Module):
         For callers that know where each row's tokens stand, -1 for padding, as of a cache in pages: the lengths in the cache
         are neither read nor changed.
         """
+        decoded, cache = self._extended_at(tokens, positions, cache)
+        return self._logits_at(decoded, read), cache
+
+    def extend_and_sum_at(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: Cache,
+        read: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B V"], Float[Array, "B D"], Cache]:
+        """What `extend_at` gives, and for each row the sum of its tokens' hidden states, of which logits are made.
+
+        These are float32, behind the last norm, and those of padding are left out.
+        """
+        decoded, cache = self._extended_at(tokens, positions, cache)
+        hidden = jnp.where(positions[..., None] >= 0, self.norm(decoded).astype(jnp.float32), 0.0)
+        return self._logits_at(decoded, read), jnp.sum(hidden, axis=1), cache
+
+    def _extended_at(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         out = self.decoder(self._embedded(tokens), Context(positions), cache["decoder"])
-        decoded = jnp.take_along_axis(out.x, read[:, None, None], axis=1)
-        logits = self._logits(self._head(), self.norm(decoded))
-        return logits[:, 0], {"lengths": cache["lengths"], "decoder": out.cache}
+        return out.x, {"lengths": cache["lengths"], "decoder": out.cache}
+
+    def _logits_at(self, decoded: Float[Array, "B T D"], read: Int[Array, " B"]) -> Float[Array, "B V"]:
+        decoded = jnp.take_along_axis(decoded, read[:, None, None], axis=1)
+        return self._logits(self._head(), self.norm(decoded))[:, 0]
 
     def _embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return constrain(self.embedding(tokens, self.dtype), "batch", "sequence", None)

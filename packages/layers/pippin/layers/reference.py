@@ -166,11 +166,17 @@ def causal_lm(
     p: Params, tokens: np.ndarray, positions: np.ndarray, num_layers: int, **kwargs: Any
 ) -> np.ndarray:
     """The logits [B, T, V] of a model with a repeated layer and a tied head. `kwargs` are those of `attention`."""
-    table = np.asarray(p["embedding"]["weight"])
-    x = table[tokens]
+    return hidden_states(p, tokens, positions, num_layers, **kwargs) @ np.asarray(p["embedding"]["weight"]).T
+
+
+def hidden_states(
+    p: Params, tokens: np.ndarray, positions: np.ndarray, num_layers: int, **kwargs: Any
+) -> np.ndarray:
+    """What `causal_lm` makes logits of, [B, T, D]: behind the last norm."""
+    x = np.asarray(p["embedding"]["weight"])[tokens]
     for i in range(num_layers):
         x, _ = transformer_layer(layer_of(p["decoder"]["layer"], i), x, positions, **kwargs)
-    return rms_norm(p["norm"], x) @ table.T
+    return rms_norm(p["norm"], x)
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> Any:

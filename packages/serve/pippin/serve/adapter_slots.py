@@ -10,14 +10,14 @@ from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.serve.runner import ModelRunner
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class AdapterSlots:
     """Reads adapters for a runner's model; see `pippin.serve.adapters.Slots`."""
 
     runner: ModelRunner
     cfg: CausalLMConfig  # as the model is stored
     paths: Params  # a tree like that of its parameters, as they are stored
-    signature: str  # of these
+    signature: str  # of these; who exchanges them sets it
 
     @property
     def count(self) -> int:

@@ -1,10 +1,12 @@
 """The adapters of a server: registered by name in a directory, and loaded and unloaded while it serves."""
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import logging
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Protocol
 
@@ -113,6 +115,21 @@ class Adapters:
         loaded.unused = asyncio.Event()
         self._free_if_unused(loaded)
         await loaded.unused.wait()
+
+    @contextlib.asynccontextmanager
+    async def kept_out(self) -> AsyncIterator[None]:
+        """A time in which no adapter is loaded, or is on its way.
+
+        Raises:
+            PreconditionError: there is one.
+        """
+        async with self._loading:
+            if len(self._free) < self.count:
+                names = ", ".join(sorted(self._loaded)) or "none, and requests use one that was unloaded"
+                raise PreconditionError(
+                    f"Adapters fit the weights that are served now, and no others. Unload them first; loaded are: {names}."
+                )
+            yield
 
     def take(self, name: str) -> Loaded:
         """A loaded adapter, for a request, until it is given back.

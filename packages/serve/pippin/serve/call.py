@@ -42,3 +42,4 @@ class Call:
     cache_salt: str = ""
     adapter: str | None = None  # None: the base model
     timeout_s: float | None = None
+    embeds: bool = False  # wants a vector of the prompt, and no text

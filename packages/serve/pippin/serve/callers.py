@@ -2,7 +2,7 @@
 
 A file names the callers, one a line: `SECRET ROLE TENANT`, where SECRET is a bearer token, the SHA-256 of one as
 `sha256:HEX`, or `x509:NAME` for the common name or a DNS name of a client's certificate, and ROLE is `inference`,
-`admin` or `inference,admin`. Empty lines and lines that begin with `#` say nothing.
+`admin`, `metrics`, or several of them, with commas between. Empty lines and lines that begin with `#` say nothing.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pippin.core.errors import ConfigError
 from pippin.serve.watched_file import WatchedFiles
 
-ROLES = frozenset({"inference", "admin"})
+ROLES = frozenset({"inference", "admin", "metrics"})  # of these, metrics opens only what any role does
 _SCHEME = "bearer "
 _MIN_TOKEN_LENGTH = 16
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -69,7 +69,7 @@ def read_callers(path: pathlib.Path) -> Callers:
         roles = frozenset(words[1].split(",")) if len(words) == 3 else frozenset()
         if not roles or not roles <= ROLES:
             raise ConfigError(
-                f"{path}, line {number}: must be `SECRET ROLE TENANT`, where ROLE is inference, admin or inference,admin."
+                f"{path}, line {number}: must be `SECRET ROLE TENANT`, where ROLE is one or more of inference, admin and metrics, with commas between."
             )
         secret, caller = words[0], Caller(words[2], roles)
         if secret.startswith("x509:"):

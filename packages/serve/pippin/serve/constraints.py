@@ -64,6 +64,10 @@ class MatcherConstraint:
         self._require_fine()
         return self._matcher.is_stopped()
 
+    def copy(self) -> "MatcherConstraint":
+        """Another in the same state; what was compiled is shared."""
+        return MatcherConstraint(self._matcher.deep_copy())
+
     def _require_fine(self) -> None:
         if self._matcher.is_error():
             raise RuntimeError(self._matcher.get_error())

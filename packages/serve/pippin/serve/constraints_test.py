@@ -47,6 +47,14 @@ def test_a_schema_makes_json_that_it_allows():
         assert complete and value["name"] in ("apple", "pear") and isinstance(value["ripe"], bool)
 
 
+def test_a_copy_goes_its_own_way():
+    first = _COMPILE(OneOf(("ab", "ac")))
+    (a,), (b,), (c,) = map(_TOKENIZER.encode, "abc")
+    assert not first.accept(a)
+    second = first.copy()
+    assert first.accept(b) and second.accept(c)
+
+
 @pytest.mark.parametrize("pattern", [r"[0-9]{3}-[a-f]{2}", r"(ja|nein) [0-9]+\.", r"é{2}x?"])
 def test_a_regular_expression_matches_the_whole_text(pattern):
     for seed in range(5):

@@ -2,8 +2,9 @@
 
 import sys
 
+from pippin.serve.backend import Backend
 from pippin.serve.options import Options
-from pippin.serve.server import Backend, run
+from pippin.serve.server import run
 from pippin.serve.testing import SlowRunner, fake_backend
 
 

@@ -5,29 +5,52 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
+
+import numpy as np
 
 from pippin.core.errors import PippinError
 from pippin.serve.adapters import Loaded
 from pippin.serve.call import Call, Prompt, TokenIds
 from pippin.serve.engine.engine import Engine
-from pippin.serve.engine.request import Constraint, FinishReason, Output, Request
-from pippin.serve.errors import DuplicateError, NotFoundError, QueueFullError, RequestError, SlowReaderError
+from pippin.serve.engine.request import Constraint, FinishReason, Output, Request, Trace
+from pippin.serve.errors import (
+    DuplicateError,
+    NotFoundError,
+    QueueFullError,
+    RequestError,
+    SlowReaderError,
+    UnfinishedError,
+)
 from pippin.serve.request_limits import RequestLimits
-from pippin.serve.served_model import ServedModel
+from pippin.serve.served_model import ConstraintSpec, ServedModel
+from pippin.serve.trace import BeginTrace, note_trace
 
 # How long after a deadline the engine's own word for it is waited for: it may be in a long step, or hang.
 _DEADLINE_GRACE_S = 0.5
 # Tokenizing releases Python's lock; more threads would take the cores from the engine.
 _ENCODING_THREADS = 2
 _RETRY_ENCODING_S = 1.0
+# So much of a completion (see `_size`) is put into one output: writing it takes milliseconds.
+_SLICE = 1024
+_LEAST_LENGTH = 1e-12  # of a vector: none is divided by 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+    """A vector of a prompt."""
+
+    values: np.ndarray  # [D], float32, of length 1
+    prompt_tokens: int
 
 
 class Generation:
     """The outputs of a call, as an asynchronous iterator of (index of the completion, what is new of it).
 
-    What comes while nobody takes is put together, so that little waits. Leaving the `async with` block ends what
+    What comes while nobody takes is put together, so that little waits; into several outputs where it is much, so that writing
+    one holds nobody up. Leaving the `async with` block ends what
     is not finished, and frees all that it holds.
     """
 
@@ -46,7 +69,8 @@ class Generation:
         self._frontend, self._tenant, self._deadline = frontend, tenant, deadline
         self._loop = asyncio.get_running_loop()
         self._unfinished = dict.fromkeys(range(call.n))
-        self._pending: dict[int, Output] = {}  # index -> what was not taken yet
+        self._pending: dict[int, list[Output]] = {}  # index -> what was not taken yet, at least one
+        self._num_pending = 0  # tokens
         self._news = asyncio.Event()
         self._error: PippinError | None = None
 
@@ -67,7 +91,11 @@ class Generation:
             except TimeoutError:
                 self._expire()
         index = next(iter(self._pending))
-        return index, self._pending.pop(index)
+        output, *rest = self._pending.pop(index)
+        if rest:
+            self._pending[index] = rest  # behind the other completions
+        self._num_pending -= len(output.tokens)
+        return index, output
 
     async def __aenter__(self) -> Self:
         return self
@@ -99,9 +127,13 @@ class Generation:
             return
         if output.finish_reason is not None:
             del self._unfinished[index]
-        before = self._pending.get(index)
-        self._pending[index] = output if before is None else _together(before, output)
-        if sum(len(o.tokens) for o in self._pending.values()) > self._frontend.limits.max_pending_tokens:
+        pending = self._pending.setdefault(index, [])
+        if pending and _size(pending[-1]) < _SLICE:
+            pending[-1] = _together(pending[-1], output)
+        else:
+            pending.append(output)
+        self._num_pending += len(output.tokens)
+        if self._num_pending > self._frontend.limits.max_pending_tokens:
             self._error = SlowReaderError("The stream was not read for too long. Read it as it comes.")
             self._pending.clear()
             self.close()
@@ -122,23 +154,36 @@ class Generation:
 class Frontend:
     """Takes calls for an engine. Its methods are for one event loop."""
 
-    def __init__(self, engine: Engine, model: ServedModel, limits: RequestLimits):
+    def __init__(
+        self,
+        engine: Engine,
+        model: ServedModel,
+        limits: RequestLimits,
+        begin_trace: BeginTrace = note_trace,
+    ):
         self.engine, self.model, self.limits = engine, model, limits
         self.context_length = min(model.context_length, engine.limits.max_context)
         self._open: dict[tuple[str, str], Generation] = {}  # tenant, request_id -> generation
         self._threads = concurrent.futures.ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encode")
-        self._num_encoding = 0
+        self._num_encoding, self._begin_trace = 0, begin_trace
 
-    async def generate(self, call: Call, tenant: str = "", deadline: float | None = None) -> Generation:
-        """The stream of a call's outputs; `deadline` is in seconds on the engine's clock.
+    async def generate(
+        self,
+        call: Call,
+        tenant: str = "",
+        deadline: float | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> Generation:
+        """The stream of a call's outputs; `deadline` is in seconds on the engine's clock; `headers` name its trace.
 
         Raises:
             RequestError: it can never be served, such as a prompt that does not fit.
             DuplicateError: a call of this tenant with its id is being served.
             QueueFullError: too much waits.
             DrainingError: no more calls are taken.
+            UnfinishedError: the deadline passed while the prompt was tokenized.
         """
-        (generation,) = await self.generate_all([call], tenant, deadline, lambda _, field: field)
+        (generation,) = await self.generate_all([call], tenant, deadline, headers, lambda _, field: field)
         return generation
 
     async def generate_all(
@@ -146,23 +191,50 @@ class Frontend:
         calls: Sequence[Call],
         tenant: str,
         deadline: float | None,
+        headers: Mapping[str, str] = MappingProxyType({}),
         path: Callable[[int, str], str] = lambda i, field: f"requests[{i}].{field}",
     ) -> list[Generation]:
         """The streams of several calls, of which all are taken or none; errors as `generate`'s, with `path`."""
         arrived = self.engine.clock()
         generations: list[Generation] = []
+        num_logprobs = 0
         with contextlib.ExitStack() as undo:
             for i, call in enumerate(calls):
                 try:
-                    generation, requests = await self._prepare(call, tenant, arrived, deadline)
-                    undo.callback(generation.close)
-                    for index, request in enumerate(requests):
-                        self.engine.submit(request, generation.receiver(index))
+                    with _traced(self._begin_trace(call, headers)) as trace:
+                        generation, requests = await self._prepare(call, tenant, arrived, deadline, trace)
+                        undo.callback(generation.close)
+                        num_logprobs += sum(map(_num_logprobs, requests))
+                        self._require_logprobs(num_logprobs)
+                        for index, request in enumerate(requests):
+                            self.engine.submit(request, generation.receiver(index))
                 except RequestError as error:
                     raise RequestError(path(i, error.field), str(error)) from error
                 generations.append(generation)
             undo.pop_all()
         return generations
+
+    async def embed(
+        self,
+        calls: Sequence[Call],
+        tenant: str,
+        deadline: float | None,
+        headers: Mapping[str, str],
+        path: Callable[[int, str], str],
+    ) -> list[Embedding]:
+        """The vectors of the prompts of calls that embed; errors and arguments as `generate_all`'s.
+
+        A vector has the direction of the mean, over the prompt's tokens, of the hidden states behind the last norm.
+
+        Raises:
+            UnfinishedError: one of them was not computed.
+        """
+        generations = await self.generate_all(calls, tenant, deadline, headers, path)
+        async with contextlib.AsyncExitStack() as stack:
+            for generation in generations:
+                await stack.enter_async_context(generation)
+            collected = await asyncio.gather(*map(collect, generations))
+        return [_embedding(output) for (output,) in collected]
 
     async def encode(self, prompt: Prompt, field: str) -> tuple[int, ...]:
         """The token ids of a prompt.
@@ -196,16 +268,20 @@ class Frontend:
                 self.model.adapters.give_back(generation.adapter)
 
     async def _prepare(
-        self, call: Call, tenant: str, arrived: float, deadline: float | None
+        self, call: Call, tenant: str, arrived: float, deadline: float | None, trace: Trace | None
     ) -> tuple[Generation, list[Request]]:
-        prompt = await self.encode(call.prompt, call.prompt_field)
-        constraints = [await self._constraint(call) for _ in range(call.n)]  # each has a state of its own
+        most = min(call.timeout_s or self.limits.max_timeout_s, self.limits.max_timeout_s)
+        deadline = arrived + most if deadline is None else min(deadline, arrived + most)
+        try:
+            async with asyncio.timeout(deadline - self.engine.clock()):
+                prompt = await self.encode(call.prompt, call.prompt_field)
+                constraints = await self._constraints(call)
+        except TimeoutError:
+            raise UnfinishedError(FinishReason.DEADLINE) from None
         if (tenant, call.request_id) in self._open:
             raise DuplicateError(
                 f"A request with request_id {call.request_id!r} is being served. Wait for it, or choose another id."
             )
-        most = min(call.timeout_s or self.limits.max_timeout_s, self.limits.max_timeout_s)
-        deadline = arrived + most if deadline is None else min(deadline, arrived + most)
         max_tokens = self._max_tokens(call, len(prompt))
         adapter = self._adapter(call)
         generation = Generation(self, call, tenant, len(prompt), deadline, adapter)
@@ -224,7 +300,9 @@ class Frontend:
                 deadline=deadline,
                 constraint=constraint,
                 adapter=None if adapter is None else adapter.adapter,
-                text=self.model.encode is not None,
+                text=self.model.encode is not None and not call.embeds,
+                sums=call.embeds,
+                trace=trace,
             )
             for index, constraint in enumerate(constraints)
         ]
@@ -241,11 +319,13 @@ class Frontend:
 
     def _max_tokens(self, call: Call, num_prompt: int) -> int:
         room = self.context_length - num_prompt
+        if call.embeds and room >= 0:
+            return 0
         if room < 1:
             raise RequestError(
                 call.prompt_field,
-                f"has {num_prompt} tokens; the model's context holds {self.context_length} with the output. "
-                "Shorten it.",
+                f"has {num_prompt} tokens; the model's context holds {self.context_length}"
+                f"{'' if call.embeds else ' with the output'}. Shorten it.",
             )
         if call.max_tokens is None:
             return min(room, self.limits.max_tokens)
@@ -257,12 +337,27 @@ class Frontend:
             )
         return call.max_tokens
 
-    async def _constraint(self, call: Call) -> Constraint | None:
+    def _require_logprobs(self, count: int) -> None:
+        most = self.limits.max_logprob_values
+        if count > most:
+            raise RequestError(
+                "logprobs",
+                f"asks for {count} log-probabilities in all (for each completion max_tokens times one more than logprobs); at "
+                f"most {most} are told in one answer. Ask for fewer tokens, completions or logprobs.",
+            )
+
+    async def _constraints(self, call: Call) -> Sequence[Constraint | None]:
+        """One for each completion: compiled once, and each with a state of its own."""
         if call.constraint is None:
-            return None
+            return [None] * call.n
         compile_constraint = self.model.compile_constraint
         assert compile_constraint is not None, "a validated call"
-        return await self._in_thread(call.constraint_field, compile_constraint, call.constraint)
+
+        def compiled(spec: ConstraintSpec) -> list[Constraint | None]:
+            first = compile_constraint(spec)
+            return [first, *(first.copy() for _ in range(call.n - 1))]
+
+        return await self._in_thread(call.constraint_field, compiled, call.constraint)
 
     async def _in_thread[T](self, field: str, function: Callable[[Any], T], argument: Any) -> T:
         if self._num_encoding >= self.limits.max_encoding:
@@ -271,14 +366,18 @@ class Frontend:
                 _RETRY_ENCODING_S,
             )
         self._num_encoding += 1
+        loop, future = asyncio.get_running_loop(), self._threads.submit(function, argument)
+        # Not when nobody waits any more: a thread that has begun goes on.
+        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._encoded))
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function, argument)
+            return await asyncio.wrap_future(future)
         except RequestError:
             raise
         except PippinError as error:
             raise RequestError(field, str(error)) from error
-        finally:
-            self._num_encoding -= 1
+
+    def _encoded(self) -> None:
+        self._num_encoding -= 1
 
 
 async def take[T](written: Awaitable[T], timeout_s: float) -> T:
@@ -302,6 +401,17 @@ async def collect(generation: Generation) -> list[Output]:
     return [_together(*outputs) for outputs in parts]
 
 
+@contextlib.contextmanager
+def _traced(trace: Trace | None) -> Iterator[Trace | None]:
+    """Tells a trace where its call is not taken."""
+    try:
+        yield trace
+    except BaseException as error:
+        if trace is not None:
+            trace.fail(error.reason.value if isinstance(error, UnfinishedError) else type(error).__name__)
+        raise
+
+
 def _together(*outputs: Output) -> Output:
     """One output for several of a completion, in their order."""
     return dataclasses.replace(
@@ -309,6 +419,25 @@ def _together(*outputs: Output) -> Output:
         text="".join(o.text for o in outputs),
         tokens=tuple(token for o in outputs for token in o.tokens),
     )
+
+
+def _embedding(output: Output) -> Embedding:
+    assert output.finish_reason is not None, "the last output"
+    if output.sums is None:
+        raise UnfinishedError(output.finish_reason)
+    length = max(float(np.linalg.norm(output.sums)), _LEAST_LENGTH)
+    return Embedding((output.sums / length).astype(np.float32), output.usage.prompt_tokens)
+
+
+def _size(output: Output) -> int:
+    """Of what is written of it: its tokens, and the most likely ones that are told of each."""
+    return len(output.tokens) * (1 + len(output.tokens[-1].top)) if output.tokens else 0
+
+
+def _num_logprobs(request: Request) -> int:
+    """That a completion may have."""
+    logprobs = request.sampling.logprobs
+    return 0 if logprobs is None else request.max_tokens * (1 + logprobs)
 
 
 def _seed(seed: int, index: int) -> int:

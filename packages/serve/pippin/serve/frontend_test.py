@@ -8,11 +8,19 @@ import pytest
 from pippin.core.errors import DataError
 from pippin.serve.call import Call, TokenIds
 from pippin.serve.engine.engine import QueueLimits
-from pippin.serve.engine.request import FinishReason, Sampling
+from pippin.serve.engine.request import FinishReason, Output, Sampled, Sampling
 from pippin.serve.engine.testing import answer
-from pippin.serve.errors import DrainingError, DuplicateError, QueueFullError, RequestError, SlowReaderError
+from pippin.serve.errors import (
+    DrainingError,
+    DuplicateError,
+    QueueFullError,
+    RequestError,
+    SlowReaderError,
+    UnfinishedError,
+)
 from pippin.serve.frontend import Frontend, collect, take
 from pippin.serve.request_limits import RequestLimits
+from pippin.serve.served_model import Regex
 from pippin.serve.testing import MODEL, SlowRunner, fake_backend
 
 
@@ -156,6 +164,91 @@ async def test_texts_that_wait_for_the_tokenizer_are_bounded():
             await front.encode("x", "text")
         assert time.monotonic() - start < 0.1
         await asyncio.gather(*calls)
+
+
+@pytest.mark.parametrize("later", [False, True])
+async def test_the_deadline_holds_while_a_text_is_tokenized_or_waits_for_it(later):
+    model = dataclasses.replace(MODEL, encode=lambda text: time.sleep(0.3) or [1])
+    async with frontend(model=model, max_encoding=3) as (front, _):
+        others = [asyncio.create_task(front.encode("x", "text")) for _ in range(2 if later else 0)]
+        await asyncio.sleep(0)
+        start = time.monotonic()
+        with pytest.raises(UnfinishedError) as error:
+            await front.generate(call(timeout_s=0.05))
+        assert error.value.reason is FinishReason.DEADLINE and time.monotonic() - start < 0.25
+        await asyncio.gather(*others)
+        async with await front.generate(call(TokenIds((1,)), max_tokens=1)) as generation:  # its id is free
+            await collect(generation)
+
+
+async def test_a_thread_that_nobody_waits_for_still_counts():
+    model = dataclasses.replace(MODEL, encode=lambda text: time.sleep(0.3) or [1])
+    async with frontend(model=model, max_encoding=1) as (front, _):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(front.encode("x", "text"), 0.05)
+        with pytest.raises(QueueFullError):
+            await front.encode("x", "text")
+        await asyncio.sleep(0.4)
+        assert await front.encode("x", "text") == (1,)
+
+
+class _Letters:
+    """A constraint that knows how often it was copied."""
+
+    def __init__(self):
+        self.copies = 0
+
+    def write_mask(self, allowed):
+        allowed[:] = -1
+
+    def accept(self, token):
+        return False
+
+    def copy(self):
+        self.copies += 1
+        return _Letters()
+
+
+async def test_a_constraint_is_compiled_once_for_all_completions():
+    compiled = []
+
+    def compile_constraint(spec):
+        compiled.append(_Letters())
+        return compiled[-1]
+
+    model = dataclasses.replace(MODEL, compile_constraint=compile_constraint)
+    asked = call(constraint=Regex("[a-z]+"), n=3, max_tokens=2)
+    async with frontend(model=model) as (front, _), await front.generate(asked) as generation:
+        assert len(await collect(generation)) == 3
+    assert [one.copies for one in compiled] == [2]
+
+
+async def test_log_probabilities_of_one_answer_are_bounded():
+    def asking(n, logprobs, **fields):
+        sampling = Sampling(seed=1, logprobs=logprobs)
+        return dataclasses.replace(call(max_tokens=10, n=n, **fields), sampling=sampling)
+
+    async with frontend(max_logprob_values=120) as (front, _):
+        async with await front.generate(asking(2, 5)):
+            pass
+        with pytest.raises(RequestError, match="asks for 130 .* at most 120") as error:
+            await front.generate(asking(1, 12))
+        assert error.value.field == "logprobs"
+        with pytest.raises(RequestError) as error:
+            await front.generate_all([asking(1, 5), asking(2, 3, request_id="s")], "", None)
+        assert error.value.field == "requests[1].logprobs"
+        assert is_idle(front)
+
+
+async def test_much_that_nobody_took_comes_in_slices():
+    async with frontend() as (front, _):
+        async with await front.generate(call(max_tokens=20)) as generation:
+            top = tuple((i, -1.0) for i in range(20))
+            for _ in range(600):
+                generation._put(0, Output("r", "a", (Sampled(97, -1.0, top),)))
+            outputs = [(await anext(generation))[1] for _ in range(12)]
+        assert max(len(output.tokens) for output in outputs) == 49  # of 21 values each
+        assert all(len(output.text) >= len(output.tokens) for output in outputs)
 
 
 async def test_of_a_batch_all_are_taken_or_none():

@@ -5,7 +5,7 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pippin.serve.testing import fake_backend, serving
+from pippin.serve.testing import SlowRunner, fake_backend, serving
 from pippin.v1 import inference_pb2 as pb
 
 # What a gateway routes by, and what dashboards show.
@@ -35,7 +35,7 @@ async def scrape(served) -> dict[str, float]:
     """name{a label's value} -> value, without the model's name."""
 
     def read():
-        with urllib.request.urlopen(f"http://{served.server.metrics_address}/metrics", timeout=5) as page:
+        with urllib.request.urlopen(f"http://{served.server.metrics.address}/metrics", timeout=5) as page:
             return page.read().decode()
 
     families = list(text_string_to_metric_families(await asyncio.to_thread(read)))
@@ -67,7 +67,7 @@ async def test_what_was_done_is_counted():
 
 
 async def test_every_request_that_is_taken_ends_once_in_the_metrics():
-    fake = fake_backend()
+    fake = fake_backend(make_runner=lambda limits: SlowRunner(limits, 0.005))
     fake.runner.broken.add("/bad/0")
     async with serving(fake, metrics_port=0) as served:
         await served.generate(max_tokens=2)

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from pippin.layers.model_files import open_model
 from pippin.layers.named_models import find_model
 from pippin.serve.adapter_slots import AdapterSlots
 from pippin.serve.adapters import Adapters
+from pippin.serve.backend import Backend
 from pippin.serve.constraints import ConstraintCompiler
 from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.engine.scheduler import Limits
+from pippin.serve.reload import Reader
 from pippin.serve.runner import AdapterRoom, ModelRunner, Shape, page_bytes
 from pippin.serve.served_model import Message, ServedModel
 
@@ -64,14 +66,6 @@ class AdapterSource:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class OpenedModel:
-    """A model that is ready, in an engine that was not started."""
-
-    engine: Engine
-    served: ServedModel
-
-
 def find(name_or_path: str | None, directory: Path = Path()) -> Path:
     """Where the model lies that a user means.
 
@@ -99,7 +93,7 @@ def open_served(
     queue: QueueLimits,
     name: str | None = None,
     adapters: AdapterSource | None = None,
-) -> OpenedModel:
+) -> Backend:
     """The model at a path, with all its programs compiled; logs where the time went.
 
     Raises:
@@ -117,7 +111,8 @@ def open_served(
     stored, params = cfg, bundle.params()
     signature = "" if adapters is None else model_signature(params)
     paths = jax.tree.map(lambda _: 0, params)
-    cfg, params = _in_served_dtype(cfg, params)
+    cfg, cast = _in_served_dtype(cfg)
+    params = cast(params)
     clock.log("weights and tokenizer")
     limits = _limits(cfg, _context(bundle, sizes), sizes)
     room = None if adapters is None else AdapterRoom(adapters.count, adapters.rank)
@@ -127,12 +122,14 @@ def open_served(
     runner.warm_up(_log_program)
     clock.log("all programs")
     served = _served(name or path.absolute().name, cfg, tokenizer, bundle, limits)
+    slots = None
     if adapters is not None:
         slots = AdapterSlots(runner, stored, paths, signature)
         served = dataclasses.replace(served, adapters=Adapters(adapters.directory, slots))
     token_bytes = tokenizer.token_bytes if tokenizer else _no_bytes
     _log.info("%s: %d tokens of context, %d at a time", served.name, limits.max_context, limits.max_requests)
-    return OpenedModel(Engine(runner, limits, token_bytes, queue=queue), served)
+    served = dataclasses.replace(served, read_anew=Reader(path, bundle, runner, cast, slots))
+    return Backend(Engine(runner, limits, token_bytes, queue=queue), served)
 
 
 def _served(
@@ -197,8 +194,11 @@ def _limits(cfg: CausalLMConfig, context: int, sizes: Sizes) -> Limits:
     return dataclasses.replace(limits, num_pages=min(num_pages, most), longest=context)
 
 
-def _in_served_dtype(cfg: CausalLMConfig, params: Mapping[str, Any]) -> tuple[CausalLMConfig, dict[str, Any]]:
-    """On CPUs all in float32, which is the fastest there; elsewhere weights in the dtype of activations."""
+def _in_served_dtype(cfg: CausalLMConfig) -> tuple[CausalLMConfig, Callable[[Any], Any]]:
+    """The config, and what casts its parameters.
+
+    On CPUs all in float32, which is the fastest there; elsewhere weights in the dtype of activations.
+    """
     if jax.default_backend() == "cpu":
         cfg = cfg.set(activation_dtype=FloatType.FLOAT32)
     dtype = jax.numpy.dtype(cfg.activation_dtype.value)
@@ -206,7 +206,7 @@ def _in_served_dtype(cfg: CausalLMConfig, params: Mapping[str, Any]) -> tuple[Ca
     def cast(values: np.ndarray) -> np.ndarray:
         return values.astype(dtype, copy=False) if jax.numpy.issubdtype(values.dtype, np.floating) else values
 
-    return cfg, jax.tree.map(cast, dict(params))
+    return cfg, lambda params: jax.tree.map(cast, dict(params))
 
 
 def _log_program(shape: Shape, seconds: float) -> None:

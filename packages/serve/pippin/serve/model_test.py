@@ -55,7 +55,7 @@ def _open(path, sizes=_SIZES):
     return open_served(path, sizes, QueueLimits())
 
 
-def _answer(model, prompt, *, max_tokens=8, **kwargs):
+def _answer(backend, prompt, *, max_tokens=8, **kwargs):
     """The greedy answer's text and ids."""
     outputs = queue.Queue()
     request = Request(
@@ -65,12 +65,12 @@ def _answer(model, prompt, *, max_tokens=8, **kwargs):
         sampling=Sampling(temperature=0.0),
         **kwargs,
     )
-    model.engine.start()
-    model.engine.submit(request, outputs.put)
+    backend.engine.start()
+    backend.engine.submit(request, outputs.put)
     found = []
     while not found or found[-1].finish_reason is None:
         found.append(outputs.get(timeout=100))
-    model.engine.stop(0)
+    backend.engine.stop(0)
     return "".join(o.text for o in found), [s.token for o in found for s in o.tokens]
 
 
@@ -88,54 +88,54 @@ def bundle(tmp_path):
 
 def test_a_bundle_answers_in_text(bundle, caplog):
     with caplog.at_level("INFO"):
-        model = _open(bundle)
-    prompt = model.served.encode("true é")
+        backend = _open(bundle)
+    prompt = backend.model.encode("true é")
     assert prompt == make_tokenizer().encode("true é")
-    text, ids = _answer(model, prompt)
+    text, ids = _answer(backend, prompt)
     assert ids == _expected(tuple(prompt))
     assert text == make_tokenizer().decode(ids).rstrip("\ufffd")
-    assert (model.served.name, model.served.vocab_size) == ("apple", 272)
-    assert model.served.stop_ids == make_tokenizer().eos_ids
+    assert (backend.model.name, backend.model.vocab_size) == ("apple", 272)
+    assert backend.model.stop_ids == make_tokenizer().eos_ids
     assert "programs for 4 rows of 16 tokens" in caplog.text  # where the start's time went
 
 
 def test_a_conversation_is_encoded_by_the_models_template(bundle):
-    model = _open(bundle)
+    backend = _open(bundle)
     special = make_tokenizer().special_tokens
-    ids = model.served.encode_chat([Message("user", "<|im_end|>")])
+    ids = backend.model.encode_chat([Message("user", "<|im_end|>")])
     assert (ids.count(special["<|im_start|>"]), ids.count(special["<|im_end|>"])) == (2, 1)
-    constraint = model.served.compile_constraint(Regex("[0-9]{3}"))
-    text, _ = _answer(model, ids, constraint=constraint)
+    constraint = backend.model.compile_constraint(Regex("[0-9]{3}"))
+    text, _ = _answer(backend, ids, constraint=constraint)
     assert len(text) == 3 and text.isdecimal()
 
 
 def test_a_hugging_face_folder_tells_its_context_and_is_computed_in_float32(tmp_path):
     tokenizer, half = save_tokenizer(tmp_path / "tokenizer"), _params(ml_dtypes.bfloat16)
     save_huggingface(tmp_path / "hf", _CFG, half, tokenizer, max_position_embeddings=40)
-    model = _open(tmp_path / "hf")
-    assert (model.served.context_length, model.engine.limits.max_context) == (40, 40)
-    assert model.served.encode_chat is None
-    assert len(_answer(model, [1, 2, 3])[1]) == 8
-    assert _open(tmp_path / "hf", Sizes(cache_bytes=1 << 20, max_context=24)).served.context_length == 24
+    backend = _open(tmp_path / "hf")
+    assert (backend.model.context_length, backend.engine.limits.max_context) == (40, 40)
+    assert backend.model.encode_chat is None
+    assert len(_answer(backend, [1, 2, 3])[1]) == 8
+    assert _open(tmp_path / "hf", Sizes(cache_bytes=1 << 20, max_context=24)).model.context_length == 24
 
 
 def test_activations_of_bfloat16_are_float32_on_a_cpu(tmp_path):
     cfg = _CFG.set(activation_dtype=FloatType.BFLOAT16)
-    model = _open(save_bundle(tmp_path / "half", cfg, _params()))
-    assert _answer(model, [5, 6, 7], text=False)[1] == _expected((5, 6, 7))
+    backend = _open(save_bundle(tmp_path / "half", cfg, _params()))
+    assert _answer(backend, [5, 6, 7], text=False)[1] == _expected((5, 6, 7))
 
 
 @pytest.mark.parametrize("kernel", [BlockwiseKernelConfig(), SplashKernelConfig(), ReferenceKernelConfig()])
 def test_a_model_with_the_kernels_of_another_machine_is_served(tmp_path, kernel):
     cfg = override(_CFG, {"decoder.layer.attention.kernel": kernel})
-    model = _open(save_bundle(tmp_path / "trained", cfg, _params()))
-    assert _answer(model, [5, 6, 7], text=False)[1] == _expected((5, 6, 7))
+    backend = _open(save_bundle(tmp_path / "trained", cfg, _params()))
+    assert _answer(backend, [5, 6, 7], text=False)[1] == _expected((5, 6, 7))
 
 
 def test_a_model_without_a_tokenizer_takes_and_gives_ids(tmp_path):
-    model = _open(save_bundle(tmp_path / "bare", _CFG, _params()))
-    assert model.served.encode is None and model.served.compile_constraint is None
-    assert _answer(model, [5, 6, 7]) == ("", _expected((5, 6, 7)))
+    backend = _open(save_bundle(tmp_path / "bare", _CFG, _params()))
+    assert backend.model.encode is None and backend.model.compile_constraint is None
+    assert _answer(backend, [5, 6, 7]) == ("", _expected((5, 6, 7)))
 
 
 async def test_an_adapter_fits_the_model_that_it_was_trained_on_and_no_other(tmp_path):
@@ -208,4 +208,4 @@ def test_without_a_run_the_error_says_how_to_make_one(tmp_path):
 
 def test_a_context_that_is_no_number_is_not_believed(bundle):
     (bundle / "tokenizer" / "config.json").write_text(json.dumps({"max_position_embeddings": "many"}))
-    assert _open(bundle).served.context_length == 2048
+    assert _open(bundle).model.context_length == 2048

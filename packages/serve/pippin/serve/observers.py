@@ -36,6 +36,24 @@ class Observers:
             observer.on_first_token(request, seconds)
 
 
+class Traces:
+    """Tells the trace of each request that it ended (`Observer`)."""
+
+    def on_finish(self, request: Request, output: Output, timing: Timing) -> None:
+        """See `Observer`."""
+        if request.trace is not None:
+            request.trace.finish(output, timing)
+
+    def on_step(self, num_tokens: int, num_requests: int, seconds: float) -> None:
+        """See `Observer`."""
+
+    def on_tokens(self, seconds: Sequence[float]) -> None:
+        """See `Observer`."""
+
+    def on_first_token(self, request: Request, seconds: float) -> None:
+        """See `Observer`."""
+
+
 class RequestLog:
     """Logs a line for each request that ends (`Observer`): who, how long, how many tokens. Never a prompt or an output."""
 
@@ -45,6 +63,7 @@ class RequestLog:
         fields: dict[str, str | int | float | None] = {
             "request_id": request.request_id,
             "tenant": request.tenant,
+            "trace_id": None if request.trace is None else request.trace.trace_id,
             "finish_reason": output.finish_reason.value,
             "prompt_tokens": output.usage.prompt_tokens,
             "cached_tokens": output.usage.cached_tokens,

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import pathlib
+import urllib.parse
 from collections.abc import Sequence
 
 from pippin.core.errors import ConfigError
@@ -21,6 +22,7 @@ class Options:
     admin_address: str | None = None
     probe_address: str | None = None
     metrics_port: int | None = None
+    otlp_endpoint: str | None = None
     top: bool = False
     log_format: str = "text"
     tls_cert: pathlib.Path | None = None
@@ -90,6 +92,12 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         help="HOST:PORT of health alone, without TLS and tokens: for probes",
     )
     add("--metrics-port", type=_port, help="the port of Prometheus metrics over HTTP")
+    add(
+        "--otlp-endpoint",
+        type=_url,
+        metavar="URL",
+        help="tell OpenTelemetry traces to this OTLP receiver over gRPC, such as http://127.0.0.1:4317; https: with TLS",
+    )
     add("--top", action="store_true", help="draw the engine's state on the terminal, twice a second")
     add(
         "--log-format", choices=("text", "json"), default=defaults.log_format, help="of the log (%(default)s)"
@@ -204,6 +212,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         admin_address=given.admin_address,
         probe_address=given.probe_address,
         metrics_port=given.metrics_port,
+        otlp_endpoint=given.otlp_endpoint,
         top=given.top,
         log_format=given.log_format,
         tls_cert=given.tls_cert,
@@ -265,6 +274,13 @@ def _port(text: str) -> int:
     if not 0 <= port < 1 << 16:
         raise argparse.ArgumentTypeError(f"{port} is no port; it must be from 0 (any) to 65535")
     return port
+
+
+def _url(text: str) -> str:
+    parts = urllib.parse.urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+        raise argparse.ArgumentTypeError(f"{text} is none; it must be http://HOST:PORT or https://HOST:PORT")
+    return text
 
 
 def _positive(text: str) -> int:

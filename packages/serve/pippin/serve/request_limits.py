@@ -2,6 +2,9 @@
 
 import dataclasses
 
+from pippin.core.errors import ConfigError
+from pippin.serve.engine.request import MAX_LOGPROBS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestLimits:
@@ -15,7 +18,9 @@ class RequestLimits:
     max_stop: int = 16  # texts, and ids likewise
     max_stop_bytes: int = 256  # of each text: as much may be held back from the stream
     max_logit_bias: int = 300  # entries
-    max_logprobs: int = 20  # of the most likely tokens
+    max_logprobs: int = MAX_LOGPROBS  # of the most likely tokens; no more are computed
+    # Of one answer, all requests of a batch together. A message that tells them is smaller than clients of gRPC take (4 MiB).
+    max_logprob_values: int = 1 << 18
     max_choices: int = 256  # of a constraint
     max_constraint_bytes: int = 64 << 10
     max_batch: int = 64  # requests, and completions, of one GenerateBatch
@@ -23,3 +28,9 @@ class RequestLimits:
     slow_reader_timeout_s: float = 30.0  # a caller who takes nothing for so long is not served on
     max_pending_tokens: int = 16384  # that a caller has not taken yet, of one request
     max_encoding: int = 64  # texts that are tokenized or wait for it
+
+    def __post_init__(self) -> None:
+        if self.max_logprobs > MAX_LOGPROBS:
+            raise ConfigError(
+                f"max_logprobs is {self.max_logprobs}; no more than {MAX_LOGPROBS} are computed."
+            )

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from pippin.core.adapter import LowRank
 from pippin.core.config import Config
 from pippin.core.config_tree import transform, traverse
 from pippin.core.errors import CheckpointError, ConfigError
-from pippin.core.module import Params, merge, split
+from pippin.core.module import Params, flatten_params, merge, split
 from pippin.layers.cache_paged import assign_pages
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.context import Cache
@@ -27,8 +27,9 @@ from pippin.layers.linear_config import multi_lora
 from pippin.layers.linear_multi_lora import adapter_shapes, assign_adapters, with_adapter, with_room
 from pippin.layers.stack_config import ParallelTracksConfig
 from pippin.layers.unrolled import unrolled, untied
-from pippin.serve.engine.request import Sampled
+from pippin.serve.engine.request import Sampled, Sums
 from pippin.serve.engine.scheduler import Limits, Row, doublings
+from pippin.serve.errors import PreconditionError
 from pippin.serve.sampler import Sampler, compiler_options
 
 # The least tokens of a program for prompts: from 36 on, products on a CPU sum in one order (see `Limits.answer_rows`).
@@ -69,6 +70,17 @@ class AdapterRoom:
     rank: int
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Results:
+    """What a program gives for each of its rows."""
+
+    # Any: JAX takes it apart, and puts it together again of what stands for arrays.
+
+    logits: Any  # [R, V], after its last token
+    sums: Any  # [R, D], of the hidden states of its tokens; None: the program is for answers
+
+
 class ModelRunner:
     """Computes steps with a model, its cache in pages, and a sampler.
 
@@ -88,14 +100,14 @@ class ModelRunner:
         Raises:
             ConfigError: it is to have room for adapters, and has a part that cannot.
         """
-        cfg, params = untied(*unrolled(cfg, params))
-        if room is not None:
-            cfg, params = _with_room(cfg, params, room)
+        trained = cfg
+        cfg, params = _formed(cfg, params, room)
         cfg = _in_pages(cfg, limits.page_size, limits.num_pages)
         self.limits, self.room = limits, room
         self._table_size = -(-limits.max_context // limits.page_size)
         definition, _ = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
-        self._params: Params = jax.tree.map(jnp.asarray, params)
+        self._params: Params = _placed(params)
+        self._trained = trained
         self._empty = jax.jit(partial(_empty_cache, definition, self._table_size * limits.page_size))
         self._step = jax.jit(
             partial(_step, definition), donate_argnums=1, compiler_options=compiler_options()
@@ -128,16 +140,42 @@ class ModelRunner:
                 )
         self._params = with_adapter(self._params, slot, maps)
 
-    def run(self, rows: Sequence[Row]) -> list[list[Sampled]]:
+    def prepare(self, params: Mapping[str, Any]) -> Params:
+        """Other parameters of the same model, as `exchange` takes them. Steps may be computed meanwhile.
+
+        Raises:
+            PreconditionError: they have other names, shapes or dtypes.
+        """
+        _, params = _formed(self._trained, params, self.room)
+        new, old = flatten_params(params), flatten_params(self._params)
+        different = sorted({n for n in {*new, *old} if _kind(new.get(n)) != _kind(old.get(n))})
+        if different:
+            name = different[0]
+            raise PreconditionError(
+                f"The weights are those of another model: {name} is {_kind(new.get(name))}, and "
+                f"{_kind(old.get(name))} is served."
+            )
+        return _placed(params)
+
+    def exchange(self, prepared: Params) -> None:
+        """Computes with other parameters from now on. What pages hold is of no use any more."""
+        self._params = prepared
+
+    def run(self, rows: Sequence[Row]) -> list[list[Sampled] | Sums]:
         """Computes a step; see `pippin.serve.engine.engine.Runner`."""
         computed = [(pieces, self._compute(pieces, shape)) for pieces, shape in self._split(rows)]
         sampled: dict[str, list[Sampled]] = {row.request_id: [] for row in rows}
-        for pieces, logits in computed:
-            asking = [piece.asking() for piece in pieces] + [None] * (logits.shape[0] - len(pieces))
-            for row, result in zip(asking, self._sampler(logits, asking), strict=True):
+        sums: dict[str, list[np.ndarray]] = {row.request_id: [] for row in rows if row.sums}
+        for pieces, results in computed:
+            asking = [piece.asking() for piece in pieces] + [None] * (results.logits.shape[0] - len(pieces))
+            for row, result in zip(asking, self._sampler(results.logits, asking), strict=True):
                 if row is not None and result is not None:
                     sampled[row.request_id].append(result)
-        return [sampled[row.request_id] for row in rows]
+            if results.sums is not None and any(piece.row.sums for piece in pieces):
+                for piece, of_piece in zip(pieces, np.asarray(results.sums), strict=False):
+                    if piece.row.sums:
+                        sums[piece.row.request_id].append(of_piece)
+        return [Sums(sums[row.request_id]) if row.sums else sampled[row.request_id] for row in rows]
 
     def shapes(self) -> list[Shape]:
         """Of all programs."""
@@ -171,7 +209,7 @@ class ModelRunner:
                 self.shapes(), threads.map(compiled, self.shapes()), strict=True
             ):
                 self._programs[shape] = program
-                self._sampler.warm_up(self._compute([], shape))
+                self._sampler.warm_up(self._compute([], shape).logits)
                 told(shape, seconds)
 
     def _chunk_counts(self) -> list[int]:
@@ -195,11 +233,10 @@ class ModelRunner:
                 with_adapters = any(piece.row.adapter_slot for piece in part)
                 yield part, Shape(next(n for n in counts if n >= len(part)), tokens, with_adapters)
 
-    def _compute(self, pieces: Sequence[_Piece], shape: Shape) -> Float[Array, "R V"]:
-        """The logits after the last token of each piece."""
+    def _compute(self, pieces: Sequence[_Piece], shape: Shape) -> "_Results":
         program = self._programs.get(shape, self._step)
-        logits, self._cache = program(self._params, self._cache, *self._inputs(pieces, shape))
-        return logits
+        results, self._cache = program(self._params, self._cache, *self._inputs(pieces, shape))
+        return results
 
     def _inputs(self, pieces: Sequence[_Piece], shape: Shape) -> tuple[np.ndarray, ...]:
         """The tokens, positions, tables of pages, places to read, and adapters of a program."""
@@ -228,6 +265,23 @@ def _with_room(cfg: CausalLMConfig, params: Params, room: AdapterRoom) -> tuple[
     roomy = multi_lora(num_adapters=room.count, rank=room.rank)(cfg.set(head=None)).set(head=cfg.head)
     _, shapes = split(nnx.eval_shape(lambda: roomy.build(rngs=nnx.Rngs(0))))
     return roomy, with_room(params, shapes, jnp.dtype(cfg.activation_dtype.value))
+
+
+def _formed(
+    cfg: CausalLMConfig, params: Mapping[str, Any], room: AdapterRoom | None
+) -> tuple[CausalLMConfig, Params]:
+    """A trained model in the form in which it is computed."""
+    cfg, params = untied(*unrolled(cfg, params))
+    return (cfg, params) if room is None else _with_room(cfg, params, room)
+
+
+def _placed(params: Params) -> Params:
+    return jax.tree.map(jnp.asarray, params)
+
+
+def _kind(array: Any) -> str:
+    """Its dtype and shape, as text."""
+    return "absent" if array is None else f"{array.dtype}{list(array.shape)}"
 
 
 def _in_pages(cfg: CausalLMConfig, page_size: int, num_pages: int) -> CausalLMConfig:
@@ -263,7 +317,12 @@ def _step(
     tables: Int[Array, "R P"],
     read: Int[Array, " R"],
     adapters: Int[Array, " A"],
-) -> tuple[Float[Array, "R V"], Cache]:
+) -> tuple[_Results, Cache]:
     model = merge(definition, assign_adapters(params, adapters))
-    logits, cache = model.extend_at(tokens, positions, assign_pages(cache, tables), read)
-    return logits, assign_pages(cache, tables[:1])  # as it came in, so that its memory is used again
+    cache = assign_pages(cache, tables)
+    if tokens.shape[1] > 1:
+        logits, sums, cache = model.extend_and_sum_at(tokens, positions, cache, read)
+    else:
+        (logits, cache), sums = model.extend_at(tokens, positions, cache, read), None
+    # The cache goes out as it came in, so that its memory is used again.
+    return _Results(logits, sums), assign_pages(cache, tables[:1])

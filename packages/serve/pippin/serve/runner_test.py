@@ -14,6 +14,7 @@ from pippin.core.adapter import LowRank
 from pippin.core.config_tree import override
 from pippin.core.errors import CheckpointError
 from pippin.core.module import flatten_params, merge, split, unflatten_params
+from pippin.layers import reference
 from pippin.layers.causal_lm_config import FloatType
 from pippin.layers.generate import generate
 from pippin.layers.linear_multi_lora import adapter_shapes
@@ -223,6 +224,44 @@ def test_logits_of_wide_layers_have_the_same_bits_in_every_batch():
 
 
 _GREEDY = Sampling(temperature=0.0, logprobs=20)
+
+
+def _sums(requests, among=(), limits=_LIMITS):
+    """What the engine gives for requests that want sums, served beside others."""
+    runner = _runner(_TINY, limits)
+    runner.reset()
+    engine = Engine(runner, limits, lambda token: b"")
+    outputs: queue.Queue = queue.Queue()
+    for request in (*among, *requests):
+        engine.submit(request, outputs.put)
+    engine.start()
+    found, missing = {}, len(among) + len(requests)
+    while missing:
+        output = outputs.get(timeout=200)
+        if output.finish_reason is not None:
+            found[output.request_id], missing = output.sums, missing - 1
+    engine.stop(0)
+    return [found[request.request_id] for request in requests]
+
+
+def test_sums_are_those_of_the_models_hidden_states_and_the_same_in_every_batch():
+    lengths = (1, 15, 16, 17, 90)
+    asking = [
+        dataclasses.replace(_request(i, length=n), request_id=f"e{i}", max_tokens=0, sums=True)
+        for i, n in enumerate(lengths)
+    ]
+    tight = Limits(num_pages=30, page_size=4, longest=96, max_requests=32)
+    others = [_request(100 + i, max_tokens=20, temperature=1.0) for i in range(6)]
+    alone = [_sums([request])[0] for request in asking]
+    params = jax.tree.map(lambda a: np.asarray(a, np.float64), _model(_TINY)[1])
+    for request, found in zip(asking, alone, strict=True):
+        tokens = np.asarray([request.prompt])
+        at = np.arange(tokens.shape[1])[None]
+        hidden = reference.hidden_states(params, tokens, at, 2, head_dim=16, theta=100_000.0)
+        np.testing.assert_allclose(found, hidden[0].sum(axis=0), rtol=1e-4, atol=1e-4)
+    for limits in (_LIMITS, tight):  # pages run out, and prompts are computed again
+        for one, two in zip(alone, _sums(asking, others, limits), strict=True):
+            np.testing.assert_array_equal(one, two)
 
 
 def test_a_step_without_rows_that_ask_gives_no_tokens():

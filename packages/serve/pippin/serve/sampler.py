@@ -11,12 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pippin.serve.engine.request import Sampled, Sampling
+from pippin.serve.engine.request import MAX_LOGPROBS, Sampled, Sampling
 from pippin.serve.engine.scheduler import Row
 
 _log = logging.getLogger(__name__)
-
-MAX_LOGPROBS = 20  # the most tokens whose log-probabilities are told beside that of the chosen one
 
 _NONE = Sampled(-1)
 

@@ -63,3 +63,6 @@ class ServedModel:
     encode_chat: Callable[[Sequence[Message]], Sequence[int]] | None = None
     compile_constraint: Callable[[ConstraintSpec], Constraint] | None = None
     adapters: Adapters | None = None  # None: it takes none
+    # Reads the model's files anew, and gives what makes them the ones that are served: that is called between two
+    # steps. None: it cannot.
+    read_anew: Callable[[], Callable[[], None]] | None = None

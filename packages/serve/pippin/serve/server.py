@@ -1,29 +1,30 @@
 """Serves a model over gRPC and HTTP until SIGTERM."""
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import grpc
 import grpc.aio
-from prometheus_client import start_http_server
 
 from pippin.core.errors import PippinError
 from pippin.serve.addresses import is_local, require_free
+from pippin.serve.backend import Backend
 from pippin.serve.callers import Identities, identities
 from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.frontend import Frontend
-from pippin.serve.http.app import make_app
+from pippin.serve.http.app import make_app, make_metrics_app
 from pippin.serve.http.port import HttpPort
 from pippin.serve.http.port import open_port as open_http
 from pippin.serve.metrics import Metrics
-from pippin.serve.observers import JsonFormatter, Observers, RequestLog
+from pippin.serve.observers import JsonFormatter, Observers, RequestLog, Traces
 from pippin.serve.options import Options, check_security, parse_options
 from pippin.serve.rpc import admin, health, inference
 from pippin.serve.rpc.admin import AdminService
@@ -36,19 +37,13 @@ from pippin.serve.rpc.tls import server_credentials
 from pippin.serve.served_model import ServedModel
 from pippin.serve.tls_files import TlsFiles
 from pippin.serve.top import Top
+from pippin.serve.trace import BeginTrace, note_trace
+from pippin.serve.version import server_version
 
 _log = logging.getLogger(__name__)
 
 # How long the last words of streams may take after the engine has stopped.
 _FLUSH_S = 5.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Backend:
-    """What is served: an engine that was not started, and what is known of its model."""
-
-    engine: Engine
-    model: ServedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +59,9 @@ class Server:
     admin_address: str | None
     probe_address: str | None
     http: HttpPort | None
-    metrics_address: str | None
-    close_metrics: Callable[[], None]
+    metrics: HttpPort | None
     top: Top | None
+    close_traces: Callable[[], None]
 
     async def stop(self, options: Options) -> None:
         """Ends in an order that cuts no stream within the grace.
@@ -78,9 +73,9 @@ class Server:
         await asyncio.to_thread(self.engine.stop, options.grace_s)
         self.health.close()
         flushed = [port.stop(_FLUSH_S) for port in self.ports]
-        await asyncio.gather(*flushed, *([self.http.stop()] if self.http else []))
+        await asyncio.gather(*flushed, *(port.stop() for port in (self.http, self.metrics) if port))
         self.frontend.close()
-        self.close_metrics()
+        await asyncio.to_thread(self.close_traces)
         if self.top is not None:
             self.top.stop()
 
@@ -89,10 +84,22 @@ async def start(options: Options, backend: Backend) -> Server:
     """A server that answers on all its addresses.
 
     Raises:
-        ConfigError: an address or a file is wrong.
+        ConfigError: an address or a file is wrong. Nothing is left open.
     """
+    async with contextlib.AsyncExitStack() as undo:
+        server = await _start(options, backend, undo)
+        undo.pop_all()
+    return server
+
+
+async def _start(options: Options, backend: Backend, undo: contextlib.AsyncExitStack) -> Server:
+    """`undo` gets what closes what was opened."""
     engine, limits = backend.engine, options.limits
-    frontend = Frontend(engine, backend.model, limits)
+    begin_trace, close_traces = _traces(options, backend.model)
+    undo.callback(close_traces)
+    frontend = Frontend(engine, backend.model, limits, begin_trace)
+    undo.callback(frontend.close)
+    undo.callback(engine.stop, 0.0)
     tls = _tls(options)
     known = identities(options.tokens, certificates=options.client_ca is not None)
     guard = Guard(Authenticator(known), limits.slow_reader_timeout_s)
@@ -111,18 +118,21 @@ async def start(options: Options, backend: Backend) -> Server:
             credentials=None if tls is None or address.startswith("unix:") else server_credentials(tls),
             reflected=list(services) if options.reflection else [],
         )
+        undo.push_async_callback(port.stop, None)
         ports.append(port)
         return found
+
+    async def opened(opening: Awaitable[HttpPort]) -> HttpPort:
+        port = await opening
+        undo.push_async_callback(port.stop)
+        return port
 
     shared = {health.SERVICE.full_name: checks.handler()}
     served = {inference.SERVICE.full_name: InferenceService(frontend).handler(), **shared}
     address = listen(options.address, guard, served, tls)
     admin_address = probe_address = None
     if options.admin_address:
-        looked_after = {
-            admin.SERVICE.full_name: AdminService(engine, backend.model.adapters).handler(),
-            **shared,
-        }
+        looked_after = {admin.SERVICE.full_name: AdminService(engine, backend.model).handler(), **shared}
         admin_address = listen(options.admin_address, guard, looked_after, tls)
     if options.probe_address:
         anybody = Guard(Authenticator(Identities(None)), limits.slow_reader_timeout_s)
@@ -136,19 +146,22 @@ async def start(options: Options, backend: Backend) -> Server:
         if options.top
         else None
     )
-    engine.observer = Observers([metrics, RequestLog(), *filter(None, [top])])
-    metrics_address, close_metrics = _serve_metrics(options, metrics)
+    engine.observer = Observers([metrics, Traces(), RequestLog(), *filter(None, [top])])
     engine.start()
     for name in options.load_adapters:
         assert backend.model.adapters is not None, "checked flags"
         await backend.model.adapters.load(name)
     for port in ports:
         await port.start()
-    http = None
+    http, metrics_port, bounds = None, None, options.http_limits
     if options.http_address is not None:
-        local, bounds = is_local(options.http_address), options.http_limits
+        local = is_local(options.http_address)
         app = make_app(frontend, known, checks.is_serving, metrics.registry, bounds, local_only=local)
-        http = await open_http(app, options.http_address, tls, _FLUSH_S, bounds)
+        http = await opened(open_http(app, options.http_address, tls, _FLUSH_S, bounds))
+    if options.metrics_address is not None:
+        local = is_local(options.metrics_address)
+        app = make_metrics_app(metrics.registry, limits.slow_reader_timeout_s, local_only=local)
+        metrics_port = await opened(open_http(app, options.metrics_address, None, _FLUSH_S, bounds))
     return Server(
         engine,
         frontend,
@@ -158,9 +171,9 @@ async def start(options: Options, backend: Backend) -> Server:
         admin_address,
         probe_address,
         http,
-        metrics_address,
-        close_metrics,
+        metrics_port,
         top,
+        close_traces,
     )
 
 
@@ -245,8 +258,7 @@ def open_backend(options: Options) -> Backend:
     path = find(options.model)
     # Clients are told a name, and no path of this machine.
     known_name = options.model if options.model is not None and Path(options.model) != path else None
-    opened = open_served(path, sizes, queue, known_name, adapters)
-    return Backend(opened.engine, opened.served)
+    return open_served(path, sizes, queue, known_name, adapters)
 
 
 def main() -> int:
@@ -255,18 +267,15 @@ def main() -> int:
     return run(open_backend)
 
 
-def _serve_metrics(options: Options, metrics: Metrics) -> tuple[str | None, Callable[[], None]]:
-    """The address of the metrics, and what ends them: a thread of their own answers."""
-    if options.metrics_port is None:
-        return None, lambda: None
-    httpd, thread = start_http_server(options.metrics_port, options.host, metrics.registry)
+def _traces(options: Options, model: ServedModel) -> tuple[BeginTrace, Callable[[], None]]:
+    """What begins the trace of a call, and what ends telling them."""
+    if options.otlp_endpoint is None:
+        return note_trace, lambda: None
+    # Half a second to import: only where it is wanted.
+    from pippin.serve.tracing import Tracing, otlp_exporter
 
-    def close() -> None:
-        httpd.shutdown()
-        httpd.server_close()
-        thread.join()
-
-    return f"{options.host}:{httpd.server_port}", close
+    tracing = Tracing(otlp_exporter(options.otlp_endpoint), model.name, server_version())
+    return tracing.begin, tracing.close
 
 
 def _check_files(options: Options) -> None:

@@ -14,7 +14,11 @@ import httpx
 import pytest
 from grpc_health.v1 import health_pb2
 
-from pippin.serve.server import open_backend, run
+from pippin.core.errors import ConfigError
+from pippin.serve.addresses import require_free
+from pippin.serve.options import Options
+from pippin.serve.server import open_backend, run, start
+from pippin.serve.testing import fake_backend
 from pippin.v1 import inference_pb2 as pb
 
 
@@ -166,6 +170,25 @@ def test_a_users_mistake_is_told_before_the_model_is_read(flags, capsys):
 def test_what_is_no_model_is_a_mistake_of_the_user(tmp_path, capsys):
     assert run(open_backend, ["--port", "0", "--model", str(tmp_path / "none")]) == 2
     assert "Give the path of a model" in capsys.readouterr().err
+
+
+async def test_a_start_that_fails_half_way_leaves_nothing_open(tmp_path):
+    fake = fake_backend()
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        options = Options(
+            port=port,
+            admin_address=f"unix:{tmp_path}/admin",
+            http_port=0,
+            metrics_port=taken.getsockname()[1],
+        )
+        with pytest.raises(ConfigError, match="could not be opened"):
+            await start(options, fake.backend)
+    require_free(f"127.0.0.1:{port}")
+    with socket.socket(socket.AF_UNIX) as probe:
+        assert probe.connect_ex(f"{tmp_path}/admin") != 0
+    assert not [t for t in threading.enumerate() if t.name in ("engine", "encode_0")]
 
 
 def test_a_port_that_is_taken_is_a_mistake_of_the_user():

@@ -44,7 +44,7 @@ _TOPICS = [
 
 def test_greedy_answers_are_those_of_transformers(tmp_path):
     opened = open_served(_FILE, Sizes(max_context=512), QueueLimits())
-    encode, encode_chat = opened.served.encode, opened.served.encode_chat
+    encode, encode_chat = opened.model.encode, opened.model.encode_chat
     assert encode is not None and encode_chat is not None
     prompts = [list(encode_chat([Message("user", f"Tell me about {topic}.")])) for topic in _TOPICS]
     prompts += [list(encode(f"What is known of {topic} begins with")) for topic in _TOPICS]

@@ -14,14 +14,15 @@ from google.protobuf.message import Message as ProtoMessage
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 
+from pippin.serve.backend import Backend
 from pippin.serve.engine.engine import Engine, QueueLimits
-from pippin.serve.engine.request import Sampled
+from pippin.serve.engine.request import Sampled, Sums
 from pippin.serve.engine.scheduler import Limits, Row
 from pippin.serve.engine.testing import VOCAB_SIZE, FakeRunner, token_bytes
 from pippin.serve.options import Options
 from pippin.serve.rpc.service import client_method
 from pippin.serve.served_model import ServedModel
-from pippin.serve.server import Backend, Server, start
+from pippin.serve.server import Server, start
 from pippin.v1 import inference_pb2 as pb
 
 LIMITS = Limits(num_pages=64, page_size=16, max_requests=8)
@@ -48,7 +49,7 @@ class SlowRunner(FakeRunner):
         super().__init__(limits)
         self._step_s = step_s
 
-    def run(self, rows: Sequence[Row]) -> list[list[Sampled]]:
+    def run(self, rows: Sequence[Row]) -> list[list[Sampled] | Sums]:
         time.sleep(self._step_s)
         return super().run(rows)
 

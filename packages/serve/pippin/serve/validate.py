@@ -54,6 +54,18 @@ class Validator:
             adapter=request.adapter if request.HasField("adapter") else None,
         )
 
+    def embed(self, request: pb.EmbedRequest) -> Call:
+        """The call of a request for a vector; only to be used where nothing is wrong."""
+        prompt, field = self._prompt(request, "input")
+        return Call(
+            request_id=secrets.token_hex(12),
+            prompt=prompt,
+            prompt_field=field,
+            priority=self._int(request, "priority", -100, 100, 0),
+            timeout_s=self._timeout(request),
+            embeds=True,
+        )
+
     def prompt(self, request: pb.TokenizeRequest | pb.CountTokensRequest) -> tuple[Prompt, str]:
         """The input of a request, and the path of its field."""
         return self._prompt(request, "input")
@@ -200,7 +212,7 @@ class Validator:
         )
         return salt
 
-    def _timeout(self, request: pb.GenerateRequest) -> float | None:
+    def _timeout(self, request: pb.GenerateRequest | pb.EmbedRequest) -> float | None:
         if not request.HasField("timeout"):
             return None
         seconds = request.timeout.seconds + request.timeout.nanos * 1e-9
@@ -213,7 +225,12 @@ class Validator:
         return seconds
 
     def _int(
-        self, request: pb.GenerateRequest, field: Any, least: int, most: int, default: int | None = None
+        self,
+        request: pb.GenerateRequest | pb.EmbedRequest,
+        field: Any,
+        least: int,
+        most: int,
+        default: int | None = None,
     ) -> Any:
         if not request.HasField(field):
             return default
@@ -281,6 +298,14 @@ def validate_batch(request: pb.GenerateBatchRequest, model: ServedModel, limits:
     whole.require(len(set(ids)) == num, "requests", "must not have the same request_id twice")
     whole.check()
     return calls
+
+
+def validate_embed(request: pb.EmbedRequest, model: ServedModel, limits: RequestLimits) -> Call:
+    """The call that a message asks for; errors as `validate_generate`'s."""
+    validator = Validator(model, limits)
+    call = validator.embed(request)
+    validator.check()
+    return call
 
 
 def validate_prompt(

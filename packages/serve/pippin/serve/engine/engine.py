@@ -1,6 +1,6 @@
 """The engine: a thread that computes step after step, for as many requests as there are."""
 
-import collections
+import concurrent.futures
 import dataclasses
 import logging
 import threading
@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from pippin.serve.engine.request import FinishReason, Observer, Output, Request, Sampled, Timing, Usage
+import numpy as np
+
+from pippin.serve.engine.request import FinishReason, Observer, Output, Request, Sampled, Sums, Timing, Usage
 from pippin.serve.engine.scheduler import Generation, Limits, Row, Scheduler
+from pippin.serve.engine.suspects import Suspects
 from pippin.serve.engine.text import TextStream
-from pippin.serve.errors import DrainingError, DuplicateError, QueueFullError, RequestError
+from pippin.serve.errors import DrainingError, DuplicateError, PreconditionError, QueueFullError, RequestError
 
 _log = logging.getLogger(__name__)
 
@@ -27,11 +30,11 @@ OnOutput = Callable[[Output], None]
 class Runner(Protocol):
     """Who computes: the model and its cache."""
 
-    def run(self, rows: Sequence[Row]) -> Sequence[Sequence[Sampled]]:
+    def run(self, rows: Sequence[Row]) -> Sequence[Sequence[Sampled] | Sums]:
         """Computes the keys and values of all rows.
 
         The result is what follows each row that asks for it: behind its history, and behind each of its drafts as if
-        all before were right.
+        all before were right. Of a row that wants sums, it is these.
         """
         ...
 
@@ -78,11 +81,19 @@ class _Stream:
         self.text = TextStream(token_bytes, request.stop_strings) if wants_text else None
 
 
+class _Exchange:
+    """A change that waits until nothing is being served."""
+
+    def __init__(self, change: Callable[[], None]):
+        self.change = change
+        self.done: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+
 class Engine:
     """Serves requests with a runner, in a thread of its own.
 
-    Outputs are handed over in that thread: who takes them must not block. A request that makes a step fail is found by computing
-    one request a step, and ends alone.
+    Outputs are handed over in that thread: who takes them must not block. Of the requests of a step that failed, halves are
+    computed apart, and their halves, until the one that made it fail is found: it ends alone.
     """
 
     def __init__(
@@ -99,8 +110,11 @@ class Engine:
         self.token_bytes, self._runner = token_bytes, runner
         self._scheduler = Scheduler(limits)
         self._streams: dict[str, _Stream] = {}  # request_id -> stream
-        self._outbox: list[tuple[OnOutput, Output]] = []  # the thread hands them over, in this order
-        self._suspects: collections.deque[str] = collections.deque()  # requests of a step that failed
+        self._outbox: list[
+            Callable[[], None]
+        ] = []  # what the thread tells others, in this order, without the lock
+        self._suspects = Suspects()
+        self._exchange: _Exchange | None = None
         self._lock = threading.Condition()
         self._draining = self._stopped = False
         self._steps = self._generated = 0
@@ -149,6 +163,25 @@ class Engine:
             if request_id in self._scheduler:
                 self._end(request_id, FinishReason.CANCELLED)
 
+    def exchange(self, change: Callable[[], None]) -> concurrent.futures.Future[None]:
+        """Has the engine's thread change what the runner computes with, between two steps.
+
+        Requests that had a turn are served to their ends before; those that wait, and those that come, are served after.
+        What the cache holds is forgotten. The result is set when it is done, or has the error of the change.
+
+        Raises:
+            PreconditionError: another change waits.
+            DrainingError: no more requests are taken.
+        """
+        with self._lock:
+            if self._draining:
+                raise DrainingError("this server is about to stop.")
+            if self._exchange is not None:
+                raise PreconditionError("A change waits for requests to end already. Wait for it, too.")
+            self._exchange = _Exchange(change)
+            self._lock.notify_all()
+            return self._exchange.done
+
     def load(self) -> Load:
         """How busy the engine is now."""
         with self._lock:
@@ -189,6 +222,8 @@ class Engine:
             for request_id in list(self._streams):
                 self._end(request_id, FinishReason.SHUTDOWN)
             self._stopped = True
+            if self._exchange is not None:
+                self._exchange.done.cancel()
             self._lock.notify_all()
         if self._thread.is_alive():
             self._thread.join(_LAST_STEP_S)
@@ -225,13 +260,37 @@ class Engine:
     def _turn(self) -> None:
         """Waits for work, and computes a step."""
         with self._lock:
-            while not (self._streams or self._outbox or self._stopped):
+            while not (self._streams or self._outbox or self._stopped or self._exchange):
                 self._lock.wait()
             self._expire()
-            rows = self._scheduler.schedule(self.clock(), self._suspects[0] if self._suspects else None)
+            # Until a change that waits is made, only those go on that have begun.
+            only = self._suspects.group or (self._scheduler.begun() if self._exchange else None)
+            changes = self._exchange is not None and not only
+            rows = [] if changes else self._scheduler.schedule(self.clock(), only)
         self._deliver()
-        if rows and not self._stopped:
+        if changes and not self._stopped:
+            self._change()
+        elif rows and not self._stopped:
             self._step(rows)
+
+    def _change(self) -> None:
+        """Makes the change that waits; nothing is being served."""
+        exchange, error = self._exchange, None
+        assert exchange is not None
+        wanted = exchange.done.set_running_or_notify_cancel()
+        if wanted:
+            try:
+                exchange.change()
+            except Exception as e:  # noqa: BLE001  whoever asked for it is told, and all else goes on
+                error = e
+        with self._lock:
+            self._exchange = None
+            self._scheduler.reset()
+            self._progress = self.clock()
+        if wanted and error is None:
+            exchange.done.set_result(None)
+        elif wanted:
+            exchange.done.set_exception(error)
 
     def _start_over(self) -> None:
         """Ends all requests, whatever state they are in, and forgets them."""
@@ -264,8 +323,25 @@ class Engine:
 
     def _part(self, stream: _Stream, output: Output, timing: Timing) -> None:
         """Hands over a request's last output."""
-        self._outbox.append((stream.on_output, output))
-        self._tell(lambda observer: observer.on_finish(stream.request, output, timing))
+        # First: who has the last output finds the request in the metrics.
+        self._tell_later(lambda observer: observer.on_finish(stream.request, output, timing))
+        self._hand_over(stream, output)
+
+    def _hand_over(self, stream: _Stream, output: Output) -> None:
+        def hand_over() -> None:
+            try:
+                stream.on_output(output)
+            except Exception:  # noqa: BLE001  the caller's fault, not that of other requests
+                _log.exception("an output of request %s could not be handed over", output.request_id)
+
+        self._outbox.append(hand_over)
+
+    def _tell_later(self, tell: Callable[[Observer], None]) -> None:
+        self._outbox.append(lambda: self._tell(tell))
+
+    def _log_later(self, message: str, request_id: str, error: Exception | None = None) -> None:
+        """Logs an error. A log may block, and whoever holds the lock holds all callers."""
+        self._outbox.append(lambda: _log.error(message, request_id, exc_info=error))
 
     def _tell(self, tell: Callable[[Observer], None]) -> None:
         """Tells the observer something. What it does wrong is not the requests' fault."""
@@ -292,19 +368,27 @@ class Engine:
             self._progress = now
             rate = num_tokens / max(now - start, 1e-6)
             self._tokens_per_s = rate if not self._tokens_per_s else 0.9 * self._tokens_per_s + 0.1 * rate
-            self._clear_suspect(rows)
+            for row in rows:
+                # A request whose step went well, up to its next token, did not make one fail.
+                if row.sampling is not None:
+                    self._suspects.remove(row.request_id)
             gaps = self._advance(rows, sampled, now)
         self._deliver()
         self._tell(lambda observer: observer.on_step(num_tokens, len(rows), now - start))
         self._tell(lambda observer: observer.on_tokens(gaps))
 
-    def _advance(self, rows: Sequence[Row], sampled: Sequence[Sequence[Sampled]], now: float) -> list[float]:
+    def _advance(
+        self, rows: Sequence[Row], sampled: Sequence[Sequence[Sampled] | Sums], now: float
+    ) -> list[float]:
         """Tells each request its tokens. The result: how long after the one before each came, in seconds."""
         gaps = []
         for row, of_row in zip(rows, sampled, strict=True):
             generation = self._scheduler.running.get(row.request_id)
             if generation is None:
                 continue  # it ended meanwhile; one with the same id may wait already
+            if isinstance(of_row, Sums):
+                self._add_sums(row, of_row)
+                continue
             tokens = row.accepted(of_row, lambda one: one.token)
             self._scheduler.update(row, [one.token for one in tokens if one.token >= 0])
             for one in tokens:
@@ -312,17 +396,27 @@ class Engine:
                     gaps += self._next_token(generation, one, now)
         return gaps
 
+    def _add_sums(self, row: Row, sums: Sums) -> None:
+        total = self._scheduler.add_sums(row, sums)
+        if total is None:
+            return
+        if np.isfinite(total).all():
+            self._end(row.request_id, FinishReason.STOP, sums=total)
+        else:
+            self._log_later("request %s failed: its hidden states are not finite", row.request_id)
+            self._end(row.request_id, FinishReason.FAILED)
+
     def _next_token(self, generation: Generation, sampled: Sampled, now: float) -> list[float]:
         request_id = generation.request.request_id
         if sampled.token < 0:
-            _log.error("request %s failed: it has no next token", request_id)
+            self._log_later("request %s failed: it has no next token", request_id)
             self._end(request_id, FinishReason.FAILED)
             return []
         gaps = []
         if generation.first_token is None:
             generation.first_token = now
             first_s = now - generation.arrived
-            self._tell(lambda observer: observer.on_first_token(generation.request, first_s))
+            self._tell_later(lambda observer: observer.on_first_token(generation.request, first_s))
         else:
             gaps.append(now - generation.last_token)
         generation.last_token = now
@@ -330,8 +424,8 @@ class Engine:
         self._generated += 1
         try:
             self._output(generation, sampled)
-        except Exception:  # noqa: BLE001  its constraint may be at fault, and nobody else is
-            _log.exception("request %s failed at a token", request_id)
+        except Exception as error:  # noqa: BLE001  its constraint may be at fault, and nobody else is
+            self._log_later("request %s failed at a token", request_id, error)
             self._end(request_id, FinishReason.FAILED)
         return gaps
 
@@ -358,7 +452,7 @@ class Engine:
             self._end(request.request_id, reason, text, tokens, matched)
         elif tokens or text:
             output = Output(request.request_id, text, tokens, usage=_usage(generation))
-            self._outbox.append((stream.on_output, output))
+            self._hand_over(stream, output)
 
     def _end(
         self,
@@ -367,13 +461,13 @@ class Engine:
         text: str = "",
         tokens: tuple[Sampled, ...] = (),
         matched: str | int | None = None,
+        sums: np.ndarray | None = None,
     ) -> None:
         """Frees all that a request has, and hands its caller the last output."""
         generation = self._scheduler.remove(request_id)
         stream = self._streams.pop(request_id)
-        if request_id in self._suspects:
-            self._suspects.remove(request_id)
-        output = Output(request_id, text, tokens, reason, matched, _usage(generation))
+        self._suspects.remove(request_id)
+        output = Output(request_id, text, tokens, reason, matched, _usage(generation), sums)
         times = Timing(generation.arrived, generation.scheduled, generation.first_token, self.clock())
         self._part(stream, output, times)
         self._lock.notify_all()
@@ -386,31 +480,24 @@ class Engine:
                 self._end(generation.request.request_id, FinishReason.DEADLINE)
 
     def _recover(self, rows: Sequence[Row]) -> None:
-        """After a step that failed: one request is computed a step, until each had its step or made it fail."""
+        """After a step that failed: its requests are suspected, or it is known which one was at fault."""
         with self._lock:
             self._num_failures += 1
             # Not one that came since, under the id of one that was cancelled.
             there = [row.request_id for row in rows if row.request_id in self._scheduler.running]
             if len(rows) == 1 and there:
                 self._end(there[0], FinishReason.FAILED)
-            elif not self._suspects:
-                self._suspects.extend(there)
+            elif there:
+                self._suspects.split(there)
             self._scheduler.reset()
         self._reset_runner()
 
-    def _clear_suspect(self, rows: Sequence[Row]) -> None:
-        """A request whose step went well, up to its next token, did not make one fail."""
-        if self._suspects and rows[0].request_id == self._suspects[0] and rows[0].sampling is not None:
-            self._suspects.popleft()
-
     def _deliver(self) -> None:
+        """Tells others what is to be told. Not under the lock: they may take their time."""
         with self._lock:
             outbox, self._outbox = self._outbox, []
-        for on_output, output in outbox:
-            try:
-                on_output(output)
-            except Exception:  # noqa: BLE001  the caller's fault, not that of other requests
-                _log.exception("an output of request %s could not be handed over", output.request_id)
+        for tell in outbox:
+            tell()
 
 
 def _usage(generation: Generation) -> Usage:

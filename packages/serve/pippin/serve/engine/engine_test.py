@@ -1,16 +1,18 @@
 """The engine with a runner whose answers are known: outputs, limits, deadlines, cancellation, failures, the end."""
 
+import dataclasses
 import queue
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.engine.request import FinishReason, Request
 from pippin.serve.engine.scheduler import Limits
-from pippin.serve.engine.testing import FakeRunner, answer, token_bytes
-from pippin.serve.errors import DrainingError, DuplicateError, QueueFullError, RequestError
+from pippin.serve.engine.testing import FakeRunner, answer, hidden, token_bytes
+from pippin.serve.errors import DrainingError, DuplicateError, PreconditionError, QueueFullError, RequestError
 
 LIMITS = Limits(num_pages=32, page_size=4, max_requests=4, chunk_tokens=16, row_tokens=4)
 
@@ -193,6 +195,41 @@ def test_a_request_that_breaks_its_step_fails_alone(make_engine):
     assert text(submit(engine, "after").wait()) == bytes(answer(b"hello", 6)).decode()
 
 
+@pytest.mark.parametrize("bad", [{"7"}, {"0", "15"}, {str(i) for i in range(16)}])
+def test_those_that_break_a_step_of_many_are_found_in_few_steps(make_engine, bad):
+    limits = Limits(num_pages=128, page_size=4, max_requests=16, chunk_tokens=128, row_tokens=4)
+    engine, runner = make_engine(limits)
+    runner.hold.clear()
+    callers = {str(i): submit(engine, str(i), b"prompt %02d" % i, max_tokens=3) for i in range(16)}
+    runner.broken |= bad
+    runner.hold.set()
+    for name, caller in callers.items():
+        outputs = caller.wait()
+        if name in bad:
+            assert outputs[-1].finish_reason is FinishReason.FAILED
+        else:
+            assert text(outputs) == bytes(answer(b"prompt %02d" % int(name), 3)).decode()
+    failed = [step for step in runner.steps if runner.broken & {row.request_id for row in step}]
+    assert len(failed) <= 2 + 4 * len(bad)
+
+
+def test_nobody_is_told_anything_while_the_engine_is_locked(make_engine):
+    """Who is told may write a log, and a log may block."""
+    seen = []
+
+    class Looking:
+        def __getattr__(self, name):
+            return lambda *_: seen.append((name, not engine._lock._is_owned()))
+
+    engine, runner = make_engine(observer=Looking())
+    runner.broken.add("bad")
+    for name in ("bad", "good"):
+        submit(engine, name).wait()
+    wait_for(lambda: len(seen) >= 10)
+    assert {name for name, _ in seen} >= {"on_finish", "on_first_token", "on_step", "on_tokens"}
+    assert all(free for _, free in seen)
+
+
 def test_an_id_that_was_cancelled_in_a_step_may_be_used_again_at_once(make_engine):
     engine, runner = make_engine()
     runner.hold.clear()
@@ -336,6 +373,121 @@ def test_what_is_left_after_the_grace_is_told(make_engine):
     threading.Timer(0.05, runner.hold.set).start()
     engine.stop(0)
     assert caller.wait()[-1].finish_reason is FinishReason.SHUTDOWN
+
+
+def _sum(text):
+    return np.sum([hidden(token) for token in text], axis=0, dtype=np.float64)
+
+
+def test_sums_are_of_the_whole_prompt_whatever_is_cached_and_served_beside(make_engine):
+    engine, _ = make_engine(dataclasses.replace(LIMITS, num_pages=20))
+    submit(engine, "known", b"a text that is known " * 2, 2).wait()
+    others = [submit(engine, str(i), b"prompt %02d" % i * 4, 12) for i in range(6)]
+    asked = {"e1": b"a text that is known " * 2, "e2": b"x", "e3": b"a longer one " * 5}
+    callers = {name: submit(engine, name, text, 0, sums=True, text=False) for name, text in asked.items()}
+    for name, caller in callers.items():
+        (output,) = caller.wait()
+        assert output.finish_reason is FinishReason.STOP
+        np.testing.assert_array_equal(output.sums, _sum(asked[name]))
+        assert (output.usage.prompt_tokens, output.usage.output_tokens) == (len(asked[name]), 0)
+    for i, caller in enumerate(others):
+        assert text(caller.wait()) == bytes(answer(b"prompt %02d" % i * 4, 12)).decode()
+
+
+def test_sums_have_deadlines_and_bounds_and_fail_alone(make_engine):
+    clock = Clock()
+    engine, runner = make_engine(clock=clock)
+    runner.hold.clear()
+    late = submit(engine, "late", b"x" * 100, 0, sums=True, deadline=105.0)
+    wait_for(lambda: engine.load().num_running == 1)
+    runner.broken.add("bad")
+    bad = submit(engine, "bad", b"x" * 60, 0, sums=True)
+    good = submit(engine, "good", b"y" * 60, 0, sums=True)
+    clock.now = 110.0
+    runner.hold.set()
+    assert late.wait()[-1].finish_reason is FinishReason.DEADLINE
+    assert bad.wait()[-1].finish_reason is FinishReason.FAILED
+    np.testing.assert_array_equal(good.wait()[-1].sums, _sum(b"y" * 60))
+    with pytest.raises(RequestError):
+        submit(engine, "long", b"x" * 129, 0, sums=True)
+
+
+def test_sums_that_are_not_finite_fail(make_engine, monkeypatch):
+    monkeypatch.setattr("pippin.serve.engine.testing.hidden", lambda token: np.array([1.0, np.nan]))
+    engine, _ = make_engine()
+    assert submit(engine, "e", b"x", 0, sums=True).wait()[-1].finish_reason is FinishReason.FAILED
+
+
+def test_a_change_waits_for_those_that_have_begun_and_comes_before_those_that_wait(make_engine):
+    engine, runner = make_engine(dataclasses.replace(LIMITS, max_requests=2, num_pages=16))
+    runner.hold.clear()
+    begun = {name: submit(engine, name, name.encode(), 20) for name in ("a", "b")}
+    wait_for(lambda: engine.load().num_running == 2)
+    waiting = submit(engine, "c", b"a", 20)
+    done = engine.exchange(lambda: setattr(runner, "letters", 3))
+    with pytest.raises(PreconditionError, match="waits for requests to end already"):
+        engine.exchange(lambda: None)
+    runner.hold.set()
+    assert done.result(20) is None
+    for name, caller in begun.items():
+        assert text(caller.wait()) == bytes(answer(name.encode(), 20)).decode()
+    assert text(waiting.wait()) == bytes(answer(b"a", 20, letters=3)).decode()
+    engine.exchange(lambda: setattr(runner, "letters", 4)).result(20)  # and again, while nothing is served
+    assert text(submit(engine, "d", b"a", 20).wait()) == bytes(answer(b"a", 20, letters=4)).decode()
+
+
+def test_one_that_gave_up_its_turn_ends_before_a_change(make_engine):
+    engine, runner = make_engine(dataclasses.replace(LIMITS, num_pages=14, max_requests=4))
+    callers = {}
+    runner.hold.clear()
+    for name in ("a", "b", "c"):
+        callers[name] = submit(engine, name, name.encode() * 12, 16)
+        wait_for(lambda: engine.load().num_running + engine.load().num_waiting == len(callers))
+    wait_for(lambda: engine.load().num_running >= 1)
+    runner.hold.set()
+    wait_for(lambda: engine.load().preemptions > 0 or not engine.load().num_running)
+    done = engine.exchange(lambda: setattr(runner, "letters", 2))
+    new = submit(engine, "new", b"x", 8)
+    done.result(20)
+    for name, caller in callers.items():
+        assert text(caller.wait()) == bytes(answer(name.encode() * 12, 16)).decode()
+    assert text(new.wait()) == bytes(answer(b"x", 8, letters=2)).decode()
+
+
+def test_no_prefix_of_before_a_change_is_used_after_it(make_engine):
+    engine, runner = make_engine()
+    prompt = b"a text that is known"
+    submit(engine, "1", prompt, 2).wait()
+    engine.exchange(lambda: setattr(runner, "letters", 3)).result(20)
+    outputs = submit(engine, "2", prompt, 2).wait()
+    assert outputs[-1].usage.cached_tokens == 0
+    assert submit(engine, "3", prompt, 2).wait()[-1].usage.cached_tokens == 16
+
+
+def test_a_change_that_fails_is_told_and_all_goes_on(make_engine):
+    engine, _ = make_engine()
+
+    def fail():
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        engine.exchange(fail).result(20)
+    assert text(submit(engine).wait()) == bytes(answer(b"hello", 6)).decode()
+    engine.exchange(lambda: None).result(20)
+
+
+def test_a_change_ends_with_the_engine(make_engine):
+    engine, runner = make_engine()
+    runner.hold.clear()
+    caller = submit(engine)
+    wait_for(lambda: engine.load().num_running == 1)
+    done = engine.exchange(lambda: None)
+    threading.Timer(0.05, runner.hold.set).start()
+    engine.stop(0)
+    assert done.cancelled() or done.done()
+    assert caller.wait()[-1].finish_reason in (FinishReason.SHUTDOWN, FinishReason.LENGTH)
+    with pytest.raises(DrainingError):
+        engine.exchange(lambda: None)
 
 
 class _Observer:

@@ -95,10 +95,6 @@ class PagePool:
         self._empty += self._idle
         self._idle.clear()
 
-    def users(self, page: int) -> int:
-        """How many use a page."""
-        return self._users[page]
-
     def _take_one(self) -> int:
         if self._empty:
             page = self._empty.pop()

@@ -19,7 +19,7 @@ def test_a_page_that_is_known_is_found_until_it_is_needed():
     (page,) = pool.take(1)
     pool.remember(page, b"key")
     pool.release([page])
-    assert pool.find([b"key"]) == [page] and pool.users(page) == 1
+    assert pool.find([b"key"]) == [page] and pool.num_free == 1
     pool.release([page])
     pool.take(2)
     assert pool.find([b"key"]) == []

@@ -30,6 +30,13 @@ class Constraint(Protocol):
         """Goes on by a token; True where the text is complete and nothing may follow."""
         ...
 
+    def copy(self) -> "Constraint":
+        """Another of the same text, in the same state."""
+        ...
+
+
+MAX_LOGPROBS = 20  # the most tokens whose log-probabilities are told beside that of the chosen one
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -66,7 +73,7 @@ class Request:
 
     request_id: str
     prompt: tuple[int, ...]  # at least one id
-    max_tokens: int  # of output, at least 1
+    max_tokens: int  # of output, at least 1, but with `sums`
     sampling: Sampling = Sampling()
     stop_ids: frozenset[int] = frozenset()  # end the text and are left out of it
     stop_strings: tuple[str, ...] = ()  # end the text and are left out of it
@@ -77,6 +84,10 @@ class Request:
     constraint: Constraint | None = None
     adapter: Adapter | None = None  # None: the base model
     text: bool = True  # whether text is wanted, beside ids
+    # Wants the sum of the prompt's hidden states, and no tokens: max_tokens is 0. It finds no cached prefix: what is
+    # cached are keys and values.
+    sums: bool = False
+    trace: "Trace | None" = None
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +102,13 @@ class Sampled:
     token: int  # negative: the logits are not finite, and there is none
     logprob: float | None = None  # of the model's own distribution, before temperature and what follows it
     top: tuple[tuple[int, float], ...] = ()  # the most likely ids and their log-probabilities
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Sums of the hidden states of a row's tokens, of parts that are the same whatever else is in the step, in order."""
+
+    parts: Sequence[np.ndarray]  # [D] each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +130,7 @@ class Output:
     finish_reason: FinishReason | None = None
     matched_stop: str | int | None = None  # the string or the id that ended the text
     usage: Usage = Usage()  # so far
+    sums: np.ndarray | None = None  # [D], float64: where the request wanted it, and FinishReason.STOP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +141,21 @@ class Timing:
     scheduled: float | None  # its first step began
     first_token: float | None
     finished: float
+
+
+class Trace(Protocol):
+    """Who follows a call, which may have several requests, from elsewhere through this server."""
+
+    @property
+    def trace_id(self) -> str:
+        """32 hexadecimal digits."""
+        ...
+
+    def finish(self, output: Output, timing: Timing) -> None:
+        """One of its requests ended; in the engine's thread."""
+
+    def fail(self, reason: str) -> None:
+        """It ended before all its requests were taken."""
 
 
 class Observer(Protocol):

@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from pippin.core.errors import ConfigError
 from pippin.serve.engine.drafter import Drafter
 from pippin.serve.engine.page_pool import PagePool, prefix_keys
-from pippin.serve.engine.request import Constraint, Request, Sampling
+from pippin.serve.engine.request import Constraint, Request, Sampling, Sums
 from pippin.serve.engine.waiting import WaitingQueue
 
 # The least and the most rows of a program for answers. A matrix product on a CPU sums in another order for one row, for
@@ -70,6 +72,7 @@ class Row:
     constraint: Constraint | None
     drafts: Sequence[int] = ()  # guesses of what follows the history
     adapter_slot: int = 0  # 0: the base model
+    sums: bool = False  # whether the sum of the hidden states is wanted; then no token is
 
     @property
     def is_prompt(self) -> bool:
@@ -105,6 +108,7 @@ class Generation:
         self.first_token: float | None = None  # when it came
         self.last_token = arrived  # when the newest came
         self.num_told = 0  # tokens of output that the caller was told, or that ended it
+        self.sums: np.ndarray | None = None  # [D], of the hidden states of the tokens that were computed
         self.drafter = Drafter()
 
     @property
@@ -145,9 +149,9 @@ class Scheduler:
         """All that wait or are served."""
         return list(self._generations.values())
 
-    def get(self, request_id: str) -> Generation | None:
-        """The generation of a request; None where it has ended."""
-        return self._generations.get(request_id)
+    def begun(self) -> list[str]:
+        """The ids of those that are served, or were and gave up their turn."""
+        return [g.request.request_id for g in self._generations.values() if g.scheduled is not None]
 
     def add(self, request: Request, now: float) -> Generation:
         """Takes a request, which fits into the cache and whose id is not in use."""
@@ -167,10 +171,10 @@ class Scheduler:
         self.waiting.leave(generation)
         return generation
 
-    def schedule(self, now: float, only: str | None = None) -> list[Row]:
-        """The rows of the next step, one for each request that has a part in it; `only` one request's, if it is named."""
+    def schedule(self, now: float, only: Sequence[str] | None = None) -> list[Row]:
+        """The rows of the next step, one for each request that has a part in it; `only` of some, if they are named."""
         if only is not None:
-            for generation in [g for g in self.running.values() if g.request.request_id != only]:
+            for generation in [g for g in self.running.values() if g.request.request_id not in only]:
                 self._preempt(generation)
         while generation := self._admit(only):
             if generation.scheduled is None:
@@ -208,6 +212,16 @@ class Scheduler:
         generation.tokens += tokens
         self._remember(generation, row.position // self.limits.page_size)
 
+    def add_sums(self, row: Row, sums: Sums) -> np.ndarray | None:
+        """Adds what a step computed of a request that wants sums; those of the whole prompt, once it is computed."""
+        generation = self.running[row.request_id]
+        total = 0.0 if generation.sums is None else generation.sums
+        for part in sums.parts:
+            total = total + np.asarray(part, np.float64)  # one by one: always the same bits
+        generation.sums = np.asarray(total)
+        self.update(row, [])
+        return generation.sums if generation.num_computed == len(generation.tokens) else None
+
     def reset(self) -> None:
         """All that pages hold is lost: each request is computed again."""
         for generation in list(self.running.values()):
@@ -222,11 +236,12 @@ class Scheduler:
             generation.tokens[start:stop],
             start,
             generation.pages[: -(-stop // self.limits.page_size)],
-            request.sampling if stop == len(generation.tokens) else None,
+            request.sampling if stop == len(generation.tokens) and not request.sums else None,
             generation.tokens,
             len(request.prompt),
             request.constraint,
             adapter_slot=0 if request.adapter is None else request.adapter.slot,
+            sums=request.sums,
         )
 
     def _with_drafts(self, rows: list[Row]) -> list[Row]:
@@ -266,10 +281,13 @@ class Scheduler:
             generation.pages += pages
         return True
 
-    def _admit(self, only: str | None) -> Generation | None:
+    def _admit(self, only: Sequence[str] | None) -> Generation | None:
         """The next request that gets a turn, with what the pages hold of its text."""
-        generation = self._generations.get(only) if only is not None else self.waiting.next()
-        if generation is None or generation.request.request_id in self.running:
+        if only is None:
+            generation = self.waiting.next()
+        else:
+            generation = next((self._generations[i] for i in only if i not in self.running), None)
+        if generation is None:
             return None
         if len(self.running) >= self.limits.max_requests and not self._make_way(generation):
             return None
@@ -277,7 +295,7 @@ class Scheduler:
         size = self.limits.page_size
         self._make_keys(generation, len(generation.tokens))
         # The last token is computed in any case: the next one follows from it.
-        reusable = generation.keys[: (len(generation.tokens) - 1) // size]
+        reusable = [] if generation.request.sums else generation.keys[: (len(generation.tokens) - 1) // size]
         generation.pages = self.pool.find(reusable)
         generation.num_computed = len(generation.pages) * size
         missing = -(-len(generation.tokens) // size) - len(generation.pages)
@@ -285,7 +303,8 @@ class Scheduler:
             self._release(generation)
             self.waiting.put_back(generation)
             return None
-        if generation.scheduled is None:  # what it finds of its own later on says nothing of prefixes
+        # What it finds of its own later on says nothing of prefixes.
+        if generation.scheduled is None and not generation.request.sums:
             self.prefix_queries += len(generation.tokens)
             self.prefix_hits += generation.num_computed
         self.running[generation.request.request_id] = generation
@@ -329,7 +348,7 @@ class Scheduler:
 
     def _release(self, generation: Generation) -> None:
         self.pool.release(generation.pages)
-        generation.pages, generation.num_computed = [], 0
+        generation.pages, generation.num_computed, generation.sums = [], 0, None
 
     def _remember(self, generation: Generation, first: int) -> None:
         """Makes its full pages known, from the first one that was not."""

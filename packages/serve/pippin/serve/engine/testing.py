@@ -4,7 +4,9 @@ import hashlib
 import threading
 from collections.abc import Sequence
 
-from pippin.serve.engine.request import Sampled
+import numpy as np
+
+from pippin.serve.engine.request import Sampled, Sums
 from pippin.serve.engine.scheduler import Limits, Row
 
 VOCAB_SIZE = 256  # a token is a byte
@@ -21,6 +23,11 @@ def answer(prompt: Sequence[int], count: int, seed: int = 0, letters: int = 26) 
     for _ in range(count):
         tokens.append(_next(tokens, seed, letters))
     return tokens[len(prompt) :]
+
+
+def hidden(token: int) -> np.ndarray:
+    """What the FakeRunner takes for the hidden state of a token."""
+    return np.array([1.0, token, token % 7], np.float32)
 
 
 class FakeRunner:
@@ -41,7 +48,7 @@ class FakeRunner:
         empty = (-1, -1)  # the token, and the adapter with which it was computed
         self._pages = [[empty] * self.limits.page_size for _ in range(self.limits.num_pages)]
 
-    def run(self, rows: Sequence[Row]) -> list[list[Sampled]]:
+    def run(self, rows: Sequence[Row]) -> list[list[Sampled] | Sums]:
         """See `Runner`."""
         self.hold.wait()
         self.steps.append(list(rows))
@@ -53,12 +60,14 @@ class FakeRunner:
                 page[i % self.limits.page_size] = token, row.adapter_slot
         return [self._sample(row) for row in rows]
 
-    def _sample(self, row: Row) -> list[Sampled]:
+    def _sample(self, row: Row) -> list[Sampled] | Sums:
         held = [token for page in row.pages for token in self._pages[page]]
         text, end = [*row.history, *row.drafts], row.position + len(row.tokens)
         assert held[:end] == [(token, row.adapter_slot) for token in text[:end]], (
             f"the pages of {row.request_id} hold another text"
         )
+        if row.sums:
+            return Sums([hidden(token) for token in row.tokens])
         if row.sampling is None:
             return []
         return [

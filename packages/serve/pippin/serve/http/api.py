@@ -17,7 +17,7 @@ from pippin.serve.call import Call
 from pippin.serve.endings import SUCCESS
 from pippin.serve.engine.request import Output
 from pippin.serve.errors import InvalidRequestError, RequestError, UnfinishedError, Violation
-from pippin.serve.frontend import Frontend, collect
+from pippin.serve.frontend import Frontend, Generation, collect
 from pippin.serve.http.answer import Answer, ChatAnswer, CompletionAnswer
 from pippin.serve.http.body import read_object
 from pippin.serve.http.disconnect import while_connected
@@ -26,6 +26,7 @@ from pippin.serve.http.guard import caller_of
 from pippin.serve.http.http_limits import HttpLimits
 from pippin.serve.http.problem import Problem
 from pippin.serve.http.question import Question, chat_question, completion_question
+from pippin.serve.trace import trace_headers
 from pippin.serve.validate import validate_batch, validate_generate
 from pippin.v1 import inference_pb2 as pb
 
@@ -78,10 +79,9 @@ class OpenAIApi:
         answer = make(
             request_id, adapter or model.name, self._frontend.engine.token_bytes, question.include_usage
         )
-        tenant = caller_of(request).tenant
         if question.stream:
-            return EventStream(self._stream(question, calls[0], answer, tenant), request_id)
-        outputs = await while_connected(self._collect(question, calls, tenant), request.receive)
+            return EventStream(self._stream(request, question, calls[0], answer), request_id)
+        outputs = await while_connected(self._collect(request, question, calls), request.receive)
         # Megabytes, where many log-probabilities are asked for.
         body = await asyncio.to_thread(_json, lambda: answer.whole(outputs, len(calls)))
         return Response(body, media_type="application/json", headers={_ID_HEADER: request_id})
@@ -102,14 +102,13 @@ class OpenAIApi:
                 return [validate_generate(requests[0], model, limits)]
             return validate_batch(pb.GenerateBatchRequest(requests=requests), model, limits)
 
-    async def _collect(self, question: Question, calls: Sequence[Call], tenant: str) -> list[Output]:
+    async def _collect(self, request: Request, question: Question, calls: Sequence[Call]) -> list[Output]:
         """All completions of all calls.
 
         Raises:
             UnfinishedError: one of them failed.
         """
-        with _named(question):
-            generations = await self._frontend.generate_all(calls, tenant, None)
+        generations = await self._generate(request, question, calls)
         async with contextlib.AsyncExitStack() as stack:
             for generation in generations:
                 await stack.enter_async_context(generation)
@@ -123,15 +122,14 @@ class OpenAIApi:
         return outputs
 
     async def _stream(
-        self, question: Question, call: Call, answer: Answer, tenant: str
+        self, request: Request, question: Question, call: Call, answer: Answer
     ) -> AsyncGenerator[dict[str, Any]]:
         """The chunks of a call's completions.
 
         Raises:
             UnfinishedError: one of them failed; the others were told to their ends.
         """
-        with _named(question):
-            (generation,) = await self._frontend.generate_all([call], tenant, None)
+        (generation,) = await self._generate(request, question, [call])
         failed = None
         async with generation:
             async for index, output in generation:
@@ -146,6 +144,13 @@ class OpenAIApi:
             raise UnfinishedError(failed)
         if (last := answer.last_chunk()) is not None:
             yield last
+
+    async def _generate(
+        self, request: Request, question: Question, calls: Sequence[Call]
+    ) -> list[Generation]:
+        tenant, headers = caller_of(request).tenant, trace_headers(request.headers.items())
+        with _named(question):
+            return await self._frontend.generate_all(calls, tenant, None, headers)
 
     def _adapters(self) -> list[str]:
         """The names of those that are loaded, under which they are models here, as with other servers."""

@@ -104,7 +104,7 @@ async def test_a_request_id_comes_back_and_is_not_taken_twice():
         (COMPLETIONS, b'{"prompt": "a", "model": "other"}', 404, "letters"),
         (COMPLETIONS, b'{"prompt": "a", "response_format": {"type": "json_object"}}', 400, "format"),
         ("/v1/chat/completions", b'{"messages": []}', 400, "messages: must hold 1 to 1024 messages, not 0"),
-        ("/v1/embeddings", b"{}", 404, "Not Found"),
+        ("/v1/none", b"{}", 404, "Not Found"),
         ("/v1/models", b"{}", 405, "Not Allowed"),
         ("/", b"{}", 405, "Not Allowed"),
     ],

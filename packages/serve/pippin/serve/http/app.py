@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from pippin.serve.callers import Identities
 from pippin.serve.frontend import Frontend
 from pippin.serve.http.api import OpenAIApi
+from pippin.serve.http.embeddings import EmbeddingsApi
 from pippin.serve.http.guard import Guard
 from pippin.serve.http.http_limits import HttpLimits
 
@@ -43,6 +44,7 @@ def make_app(
     """The application. The page's files are anybody's, all else needs a caller who is known."""
     routes = [
         *OpenAIApi(frontend, limits).routes(),
+        *EmbeddingsApi(frontend, limits).routes(),
         *_state_routes(frontend, is_serving, registry),
         *(_page_route(path) for path in _FILES),
     ]
@@ -52,6 +54,19 @@ def make_app(
         public=list(_FILES),
         local_only=local_only,
         slow_reader_timeout_s=frontend.limits.slow_reader_timeout_s,
+    )
+
+
+def make_metrics_app(
+    registry: CollectorRegistry, slow_reader_timeout_s: float, *, local_only: bool
+) -> ASGIApp:
+    """Prometheus metrics and nothing else, for anybody."""
+    return Guard(
+        Router([_metrics_route(registry)], redirect_slashes=False),
+        Identities(None),
+        public=[],
+        local_only=local_only,
+        slow_reader_timeout_s=slow_reader_timeout_s,
     )
 
 
@@ -77,10 +92,14 @@ def _state_routes(
             headers={"cache-control": "no-store"},
         )
 
+    return [Route("/health", health), Route("/load", load), _metrics_route(registry)]
+
+
+def _metrics_route(registry: CollectorRegistry) -> Route:
     async def metrics(_: Request) -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    return [Route("/health", health), Route("/load", load), Route("/metrics", metrics)]
+    return Route("/metrics", metrics)
 
 
 def _page_route(path: str) -> Route:

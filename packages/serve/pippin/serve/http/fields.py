@@ -7,6 +7,7 @@ from pippin.serve.errors import Violation
 
 _MAX_NAME = 64
 _MAX_VIOLATIONS = 32
+_MAX_SECONDS = 1e9
 
 
 def is_text(value: Any) -> bool:
@@ -15,6 +16,19 @@ def is_text(value: Any) -> bool:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False
+
+
+def prompts_of(value: Any) -> list[str | list[int]] | None:
+    """Each prompt of a text, token ids, or an array of such; None: it is neither."""
+    if is_text(value) or _are_ids(value):
+        return [value]
+    if isinstance(value, list) and value and all(is_text(p) or _are_ids(p) for p in value):
+        return value
+    return None
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
 
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
@@ -70,6 +84,15 @@ class Fields:
             into.extend(values or ())
         except ValueError:
             self.wrong(name, "holds a number that is out of range")
+
+    def copy_seconds(self, name: str, duration: Any) -> None:
+        """Sets a Duration to the value, a number of seconds, if there is one."""
+        seconds = self.take(name, "a number")
+        if seconds is not None and not abs(seconds) <= _MAX_SECONDS:
+            self.wrong(name, "is out of range")
+        elif seconds is not None:
+            duration.seconds = int(seconds)
+            duration.nanos = int((seconds - int(seconds)) * 1e9)
 
     def nested(self, name: str, *, required: bool = False) -> "Fields | None":
         """Of an object in the object."""

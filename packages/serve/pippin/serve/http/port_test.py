@@ -88,6 +88,41 @@ async def get(served, path, **options):
         return await http.get(path)
 
 
+@pytest.mark.parametrize("path", [b"/metrics", b"/v1/models"])
+async def test_what_a_caller_says_is_the_host_opens_no_path(path, tmp_path):
+    (tmp_path / "callers").write_text(f"{ANN} inference ann\n")
+    async with serving(http_port=0, tokens=tmp_path / "callers") as served:
+        for host in (b"localhost", b"localhost/page.css?", b"localhost/page.css#"):
+            async with connection(served) as (reader, writer):
+                writer.write(b"GET " + path + b" HTTP/1.1\r\nhost: " + host + b"\r\n\r\n")
+                assert (await ended(reader)).startswith((b"HTTP/1.1 401", b"HTTP/1.1 400"))
+
+
+async def test_the_port_of_metrics_has_nothing_else_and_is_bounded(tmp_path):
+    (tmp_path / "callers").write_text(f"{ANN} inference ann\n")
+    limits = HttpLimits(max_connections=2)
+    async with serving(metrics_port=0, tokens=tmp_path / "callers", http_limits=limits) as served:
+        async with httpx.AsyncClient(base_url=f"http://{served.server.metrics.address}") as http:
+            assert "pippin:num_requests_running" in (await http.get("/metrics")).text
+            assert (await http.get("/load")).status_code == 404
+            assert (await http.get("/metrics", headers={"host": "evil.example"})).status_code == 403
+        host, _, port = served.server.metrics.address.rpartition(":")
+        others = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        async with httpx.AsyncClient(base_url=f"http://{served.server.metrics.address}") as http:
+            assert (await http.get("/metrics")).status_code == 503
+        for _, writer in others:
+            writer.transport.abort()
+
+
+async def test_who_only_scrapes_may_not_infer(tmp_path):
+    (tmp_path / "callers").write_text(f"{ANN} metrics scraper\n")
+    async with serving(http_port=0, tokens=tmp_path / "callers") as served:
+        headers = {"authorization": f"Bearer {ANN}"}
+        assert (await get(served, "/metrics", headers=headers)).status_code == 200
+        assert (await get(served, "/v1/models", headers=headers)).status_code == 403
+
+
 @pytest.mark.parametrize("before", [b"", b"GET /load HTTP/1.1\r\nhost: localhost\r\n\r\n"])
 @pytest.mark.parametrize("head", [b"", b"GET / HTTP/1.1\r\n"])
 async def test_headers_that_do_not_come_end_the_connection(before, head):

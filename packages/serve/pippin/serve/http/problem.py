@@ -44,6 +44,7 @@ _ERRORS: dict[type[Exception], tuple[int, str]] = {
     RequestError: (400, "invalid_value"),
     InvalidRequestError: (400, "invalid_value"),
     UnsupportedError: (400, "unsupported"),
+    PreconditionError: (409, "precondition"),
     NotFoundError: (404, "not_found"),
     PreconditionError: (409, "precondition"),
     DuplicateError: (409, "duplicate_request_id"),

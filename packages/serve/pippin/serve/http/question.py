@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pippin.serve.errors import InvalidRequestError, Violation
-from pippin.serve.http.fields import Fields, is_text
+from pippin.serve.http.fields import Fields, is_text, prompts_of
 from pippin.serve.request_limits import RequestLimits
 from pippin.v1 import inference_pb2 as pb
 
@@ -51,7 +51,6 @@ _NOTHING_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "refusal": ("",),
 }
-_MAX_TIMEOUT_S = 1e9
 _TOKEN = re.compile(r"-?[0-9]{1,10}")
 _ANY_OBJECT = '{"type": "object"}'
 _OF_REQUEST = re.compile(r"requests\[(\d+)\]\.(.*)", re.DOTALL)
@@ -114,7 +113,7 @@ def chat_question(values: Mapping[str, Any]) -> Question:
 def completion_question(values: Mapping[str, Any]) -> Question:
     """Of the body of /v1/completions; errors as `chat_question`'s."""
     fields, request = Fields(values), pb.GenerateRequest()
-    prompts = _prompts(fields.take_any("prompt"))
+    prompts = prompts_of(fields.take_any("prompt"))
     if prompts is None:
         fields.wrong("prompt", "must be a text, an array of token ids, or an array of such")
     fields.copy("logprobs", "an integer", request, "logprobs")
@@ -156,12 +155,7 @@ def _question(
             request.logit_bias[int(token) if _TOKEN.fullmatch(token) else token] = bias
         except (TypeError, ValueError, OverflowError):
             fields.wrong(f"logit_bias[{token[:20]!r}]", "must be a number under a token id")
-    timeout_s = fields.take("timeout", "a number")
-    if timeout_s is not None and not abs(timeout_s) <= _MAX_TIMEOUT_S:
-        fields.wrong("timeout", "is out of range")
-    elif timeout_s is not None:
-        request.timeout.seconds = int(timeout_s)
-        request.timeout.nanos = int((timeout_s - int(timeout_s)) * 1e9)
+    fields.copy_seconds("timeout", request.timeout)
     names = {**names, **_constraint(fields, request), "adapter": "model"}
     model = fields.take("model", "a text")
     stream = bool(fields.take("stream", "true or false"))
@@ -199,19 +193,6 @@ def _part(fields: Fields, i: int, part: Any) -> str:
     text = of_part.take("text", "a text", required=kind is not None)
     of_part.finish({}, frozenset())
     return text or ""
-
-
-def _prompts(prompt: Any) -> list[str | list[int]] | None:
-    """Each prompt, a text or token ids; None: it is neither."""
-    if is_text(prompt) or _are_ids(prompt):
-        return [prompt]
-    if isinstance(prompt, list) and prompt and all(is_text(p) or _are_ids(p) for p in prompt):
-        return prompt
-    return None
-
-
-def _are_ids(prompt: Any) -> bool:
-    return isinstance(prompt, list) and all(type(token) is int for token in prompt)
 
 
 def _constraint(fields: Fields, request: pb.GenerateRequest) -> dict[str, str]:

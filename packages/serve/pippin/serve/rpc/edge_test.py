@@ -2,12 +2,15 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import pathlib
 import tempfile
+import threading
 import time
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
@@ -17,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pippin.serve.engine.engine import QueueLimits
-from pippin.serve.engine.testing import answer
+from pippin.serve.engine.testing import answer, hidden
+from pippin.serve.errors import PreconditionError
 from pippin.serve.request_limits import RequestLimits
 from pippin.serve.testing import SlowRunner, details_of, fake_backend, fields_of, serving, text_of
 from pippin.v1 import inference_pb2 as pb
@@ -118,13 +122,62 @@ async def test_tokens_are_counted_as_they_would_be_taken():
 async def test_the_model_claims_what_it_can_and_no_more():
     async with serving() as served:
         model = await served.method("GetModel")(pb.GetModelRequest())
-        assert list(model.capabilities) == [pb.CAPABILITY_TEXT, pb.CAPABILITY_CHAT]
+        can = [pb.CAPABILITY_TEXT, pb.CAPABILITY_CHAT, pb.CAPABILITY_EMBED]
+        assert list(model.capabilities) == can
+        assert model.limits.max_logprob_values == 1 << 18
         assert (model.name, model.context_length, model.limits.max_n) == ("letters", 512, 16)
-        async with fails_with(grpc.StatusCode.UNIMPLEMENTED):
-            await served.method("Embed")(pb.EmbedRequest(text="a"))
         async with fails_with(grpc.StatusCode.UNIMPLEMENTED) as error:
             await served.generate(regex="a+")
         assert details_of(error[0])["ErrorInfo"].reason == "UNSUPPORTED"
+
+
+async def test_a_text_has_a_vector_of_length_1():
+    text = "a text of more than one step " * 10
+    async with serving() as served:
+        embed = served.method("Embed")
+        told = await embed(pb.EmbedRequest(text=text))
+        ids = pb.TokenIds(ids=text.encode())
+        again, other = await asyncio.gather(
+            embed(pb.EmbedRequest(token_ids=ids)), embed(pb.EmbedRequest(text="b"))
+        )
+    expected = np.sum([hidden(token) for token in text.encode()], axis=0, dtype=np.float64)
+    np.testing.assert_allclose(told.values, expected / np.linalg.norm(expected), rtol=1e-6)
+    assert told == again and told.prompt_tokens == len(text)
+    assert list(other.values) != list(told.values)
+
+
+async def test_what_is_wrong_with_a_text_to_embed_is_told_by_path():
+    async with serving() as served:
+        embed = served.method("Embed")
+        for request, fields in (
+            (pb.EmbedRequest(), ["input"]),
+            (pb.EmbedRequest(text=""), ["text"]),
+            (pb.EmbedRequest(text="a" * 513), ["text"]),
+            (pb.EmbedRequest(token_ids=pb.TokenIds(ids=[1, 999])), ["token_ids.ids[1]"]),
+            (pb.EmbedRequest(text="a", priority=101, timeout=Duration(seconds=-1)), ["priority", "timeout"]),
+        ):
+            async with fails_with(INVALID) as error:
+                await embed(request)
+            assert fields_of(error[0]) == fields
+        assert (await embed(pb.EmbedRequest(text="a" * 512))).prompt_tokens == 512
+
+
+async def test_embedding_has_deadlines_and_queues_as_generating_has():
+    fake = fake_backend(queue=QueueLimits(max_waiting=1))
+    fake.runner.hold.clear()
+    async with serving(fake) as served:
+        embed = served.method("Embed")
+        async with fails_with(grpc.StatusCode.DEADLINE_EXCEEDED):
+            await embed(pb.EmbedRequest(text="a", timeout=Duration(nanos=50_000_000)))
+        calls = [embed(pb.EmbedRequest(text="a")) for _ in range(12)]
+        codes = [asyncio.ensure_future(call.code()) for call in calls]
+        refused, _ = await asyncio.wait(codes, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        assert {code.result() for code in refused} == {EXHAUSTED}
+        calls[0].cancel()
+        fake.runner.hold.set()
+        found = set(await asyncio.gather(*codes))
+        assert found == {EXHAUSTED, grpc.StatusCode.CANCELLED, grpc.StatusCode.OK}
+        await served.idle()
 
 
 async def test_all_that_is_wrong_with_a_request_is_told_by_path():
@@ -397,6 +450,81 @@ async def test_admin_is_nowhere_but_on_its_own_address(socket_folder):
         assert details_of(error[0])["RetryInfo"] == error_details_pb2.RetryInfo(
             retry_delay=Duration(seconds=1)
         )
+
+
+def _reloading(read=None):
+    """A backend whose model has other answers after it was read anew."""
+    fake = fake_backend(make_runner=lambda limits: SlowRunner(limits, 0.01))
+
+    def read_anew():
+        if read is not None:
+            read()
+        return lambda: setattr(fake.runner, "letters", 2)
+
+    model = dataclasses.replace(fake.backend.model, read_anew=read_anew)
+    return dataclasses.replace(fake, backend=dataclasses.replace(fake.backend, model=model))
+
+
+async def test_reload_serves_the_new_model_and_what_has_begun_by_the_old(socket_folder):
+    address = f"unix:{socket_folder}/admin"
+    prompt = list(b"hello")
+    async with (
+        serving(_reloading(), admin_address=address) as served,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        model = await served.method("GetModel")(pb.GetModelRequest())
+        assert pb.CAPABILITY_RELOAD in model.capabilities
+        begun = asyncio.create_task(served.generate(max_tokens=40, seed=1))
+        while served.engine.load().generated < 3:
+            await asyncio.sleep(0.005)
+        reload = asyncio.create_task(served.method("Reload", channel)(pb.ReloadRequest()).code())
+        await asyncio.sleep(0.1)
+        check = await served.method("Check")(health_pb2.HealthCheckRequest())
+        assert check.status == health_pb2.HealthCheckResponse.SERVING and not reload.done()
+        late = await served.generate(max_tokens=10, seed=1)
+        assert await reload is grpc.StatusCode.OK
+        assert text_of(await begun) == bytes(answer(prompt, 40, 1)).decode()
+        assert text_of(late) == bytes(answer(prompt, 10, 1, letters=2)).decode()
+
+
+async def test_a_second_reload_at_once_and_one_that_fails_are_told(socket_folder):
+    address, release, wrong = f"unix:{socket_folder}/admin", threading.Event(), []
+
+    def read():
+        release.wait(10)
+        if wrong:
+            raise PreconditionError("The model's files hold another model than is served: dim: 2 -> 3.")
+
+    async with (
+        serving(_reloading(read), admin_address=address) as served,
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        reload = served.method("Reload", channel)
+        first = reload(pb.ReloadRequest())
+        await asyncio.sleep(0.1)
+        async with fails_with(grpc.StatusCode.FAILED_PRECONDITION) as error:
+            await reload(pb.ReloadRequest())
+        assert "already" in error[0].details()
+        first.cancel()  # it goes on
+        release.set()
+        while served.runner.letters != 2:
+            await asyncio.sleep(0.01)
+        wrong.append(True)
+        async with fails_with(grpc.StatusCode.FAILED_PRECONDITION) as error:
+            async with asyncio.timeout(5):
+                await reload(pb.ReloadRequest())
+        assert "dim: 2 -> 3" in error[0].details()
+        assert await served.generate(max_tokens=2)
+
+
+async def test_a_server_that_cannot_reload_says_so(socket_folder):
+    address = f"unix:{socket_folder}/admin"
+    async with (
+        serving(admin_address=address) as served,
+        grpc.aio.insecure_channel(address) as channel,
+        fails_with(grpc.StatusCode.UNIMPLEMENTED),
+    ):
+        await served.method("Reload", channel)(pb.ReloadRequest())
 
 
 @pytest.mark.parametrize("on", [False, True])

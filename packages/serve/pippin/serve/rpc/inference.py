@@ -2,8 +2,7 @@
 
 import asyncio
 import contextlib
-import importlib.metadata
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import grpc
 import grpc.aio
@@ -12,11 +11,13 @@ from google.protobuf import duration_pb2
 from pippin.serve.call import Prompt
 from pippin.serve.endings import SUCCESS
 from pippin.serve.engine.request import FinishReason, Output, Sampled, Usage
-from pippin.serve.errors import UnfinishedError, UnsupportedError
+from pippin.serve.errors import UnfinishedError
 from pippin.serve.frontend import Frontend, Generation, collect
 from pippin.serve.rpc.guard import current_caller
 from pippin.serve.rpc.service import service_handler
-from pippin.serve.validate import validate_batch, validate_generate, validate_prompt
+from pippin.serve.trace import trace_headers
+from pippin.serve.validate import validate_batch, validate_embed, validate_generate, validate_prompt
+from pippin.serve.version import server_version
 from pippin.v1 import inference_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"]
@@ -53,7 +54,9 @@ class InferenceService:
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         call = validate_generate(request, self._frontend.model, self._frontend.limits)
-        generation = await self._frontend.generate(call, current_caller().tenant, self._deadline(context))
+        generation = await self._frontend.generate(
+            call, current_caller().tenant, self._deadline(context), _trace_headers(context)
+        )
         unfinished = None
         async with generation:
             yield pb.GenerateResponse(started=_started(generation))
@@ -72,12 +75,17 @@ class InferenceService:
     ) -> pb.GenerateBatchResponse:
         calls = validate_batch(request, self._frontend.model, self._frontend.limits)
         deadline = self._deadline(context)
-        generations = await self._frontend.generate_all(calls, current_caller().tenant, deadline)
+        generations = await self._frontend.generate_all(
+            calls, current_caller().tenant, deadline, _trace_headers(context)
+        )
         async with contextlib.AsyncExitStack() as stack:
             for generation in generations:
                 await stack.enter_async_context(generation)
             collected = await asyncio.gather(*map(collect, generations))
-        return pb.GenerateBatchResponse(results=map(_result, generations, collected))
+        # Megabytes, where many log-probabilities are asked for.
+        return await asyncio.to_thread(
+            lambda: pb.GenerateBatchResponse(results=map(_result, generations, collected))
+        )
 
     async def tokenize(self, request: pb.TokenizeRequest, _: object) -> pb.TokenizeResponse:
         return pb.TokenizeResponse(token_ids=await self._encode(request))
@@ -92,6 +100,8 @@ class InferenceService:
             pb.CAPABILITY_CHAT: model.encode_chat is not None,
             pb.CAPABILITY_CONSTRAINTS: model.compile_constraint is not None,
             pb.CAPABILITY_ADAPTERS: model.adapters is not None,
+            pb.CAPABILITY_EMBED: True,
+            pb.CAPABILITY_RELOAD: model.read_anew is not None,
         }
         longest = duration_pb2.Duration()
         longest.FromMilliseconds(int(limits.max_timeout_s * 1000))
@@ -112,12 +122,21 @@ class InferenceService:
                 max_constraint_bytes=limits.max_constraint_bytes,
                 max_batch=limits.max_batch,
                 max_timeout=longest,
+                max_logprob_values=limits.max_logprob_values,
             ),
-            server_version=_version(),
+            server_version=server_version(),
         )
 
-    async def embed(self, request: pb.EmbedRequest, _: object) -> pb.EmbedResponse:
-        raise UnsupportedError("This server makes no embeddings (GetModel names no CAPABILITY_EMBED).")
+    async def embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
+        call = validate_embed(request, self._frontend.model, self._frontend.limits)
+        (embedding,) = await self._frontend.embed(
+            [call],
+            current_caller().tenant,
+            self._deadline(context),
+            _trace_headers(context),
+            lambda _, field: field,
+        )
+        return pb.EmbedResponse(values=embedding.values, prompt_tokens=embedding.prompt_tokens)
 
     async def _encode(self, request: pb.TokenizeRequest | pb.CountTokensRequest) -> Sequence[int]:
         prompt: Prompt
@@ -130,11 +149,8 @@ class InferenceService:
         return None if left is None else self._frontend.engine.clock() + left
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("pippin-serve")
-    except importlib.metadata.PackageNotFoundError:  # run from a working tree
-        return "0+source"
+def _trace_headers(context: grpc.aio.ServicerContext) -> Mapping[str, str]:
+    return trace_headers(context.invocation_metadata() or ())
 
 
 def _started(generation: Generation) -> pb.Started:

@@ -44,6 +44,7 @@ _ERRORS: dict[type[Exception], tuple[int, str]] = {
     DuplicateError: (code_pb2.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID"),
     DrainingError: (code_pb2.UNAVAILABLE, "DRAINING"),
     UnsupportedError: (code_pb2.UNIMPLEMENTED, "UNSUPPORTED"),
+    PreconditionError: (code_pb2.FAILED_PRECONDITION, "PRECONDITION"),
     NotFoundError: (code_pb2.NOT_FOUND, "NOT_FOUND"),
     PreconditionError: (code_pb2.FAILED_PRECONDITION, "PRECONDITION"),
 }
