@@ -7,12 +7,13 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.rpc import status_pb2
 
 from pippin.serve.callers import Caller
 from pippin.serve.frontend import take
 from pippin.serve.rpc.auth import Authenticator, DeniedError
 from pippin.serve.rpc.deserialize import deserialize
-from pippin.serve.rpc.status import abort, abort_with, denied
+from pippin.serve.rpc.status import abort_with, denied, status_of
 
 _caller: contextvars.ContextVar[Caller] = contextvars.ContextVar("caller")
 
@@ -53,33 +54,45 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _unary(self, inner: Any, parse: Any, method: str) -> Any:
         async def call(data: bytes, context: grpc.aio.ServicerContext) -> Any:
-            async with self._ends(context, method):
+            try:
+                self._admit(context, method)
                 return await inner(deserialize(parse, data), context)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, only this call ends
+                status = _status(error)
+            # Out of the handler, and without the bytes: grpc keeps what `abort` raises, and so all that this frame and
+            # an exception before it hold, until the garbage collector comes by. A message may take a hundred times its bytes.
+            del data
+            await abort_with(context, status)
 
         return call
 
     def _stream(self, inner: Any, parse: Any, method: str, read: Any) -> Any:
         async def call(data: Any, context: grpc.aio.ServicerContext) -> None:
-            async with (
-                self._ends(context, method),
-                contextlib.aclosing(inner(read(parse, data), context)) as responses,
-            ):
-                async for response in responses:
-                    await take(context.write(response), self._slow_reader_timeout_s)
+            try:
+                self._admit(context, method)
+                async with contextlib.aclosing(inner(read(parse, data), context)) as responses:
+                    async for response in responses:
+                        await take(context.write(response), self._slow_reader_timeout_s)
+                return
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:  # noqa: BLE001 - as above
+                status = _status(error)
+            del data
+            await abort_with(context, status)
 
         return call
 
-    @contextlib.asynccontextmanager
-    async def _ends(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[None]:
-        try:
-            _caller.set(self._authenticator.authenticate(method, context))
-            yield
-        except grpc.aio.AbortError:
-            raise
-        except DeniedError as error:
-            await abort_with(context, denied(error.code, error.reason, str(error)))
-        except Exception as error:  # noqa: BLE001 - whatever it is, only this call ends
-            await abort(context, error)
+    def _admit(self, context: grpc.aio.ServicerContext, method: str) -> None:
+        _caller.set(self._authenticator.authenticate(method, context))
+
+
+def _status(error: Exception) -> status_pb2.Status:
+    if isinstance(error, DeniedError):
+        return denied(error.code, error.reason, str(error))
+    return status_of(error)
 
 
 def _one(parse: Any, data: bytes) -> Any:

@@ -75,11 +75,6 @@ def status_of(error: Exception) -> status_pb2.Status:
     return _status(code, message, details)
 
 
-async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
-    """Ends a call with what `status_of` says."""
-    await abort_with(context, status_of(error))
-
-
 async def abort_with(context: grpc.aio.ServicerContext, status: status_pb2.Status) -> NoReturn:
     """Ends a call."""
     end = rpc_status.to_status(status)
