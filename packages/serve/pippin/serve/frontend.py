@@ -1,7 +1,6 @@
 """What every protocol of the server shares: a call becomes requests to the engine, and their outputs a stream."""
 
 import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -10,9 +9,10 @@ from typing import Any, Self
 
 from pippin.core.errors import PippinError
 from pippin.serve.call import Call, Prompt, TokenIds
+from pippin.serve.encoding_threads import EncodingThreads
 from pippin.serve.engine.engine import Engine
 from pippin.serve.engine.request import Constraint, FinishReason, Output, Request
-from pippin.serve.errors import DuplicateError, QueueFullError, RequestError, SlowReaderError
+from pippin.serve.errors import DuplicateError, QueueFullError, RequestError, SlowReaderError, UnfinishedError
 from pippin.serve.request_limits import RequestLimits
 from pippin.serve.served_model import ServedModel
 
@@ -20,7 +20,6 @@ from pippin.serve.served_model import ServedModel
 _DEADLINE_GRACE_S = 0.5
 # Tokenizing releases Python's lock; more threads would take the cores from the engine.
 _ENCODING_THREADS = 2
-_RETRY_ENCODING_S = 1.0
 
 
 class Generation:
@@ -118,8 +117,7 @@ class Frontend:
         self.engine, self.model, self.limits = engine, model, limits
         self.context_length = min(model.context_length, engine.limits.max_context)
         self._open: dict[tuple[str, str], Generation] = {}  # tenant, request_id -> generation
-        self._threads = concurrent.futures.ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encode")
-        self._num_encoding = 0
+        self._threads = EncodingThreads(_ENCODING_THREADS, limits.max_encoding)
 
     async def generate(self, call: Call, tenant: str = "", deadline: float | None = None) -> Generation:
         """The stream of a call's outputs; `deadline` is in seconds on the engine's clock.
@@ -129,6 +127,7 @@ class Frontend:
             DuplicateError: a call of this tenant with its id is being served.
             QueueFullError: too much waits.
             DrainingError: no more calls are taken.
+            UnfinishedError: the deadline passed before it was tokenized.
         """
         (generation,) = await self.generate_all([call], tenant, deadline, lambda _, field: field)
         return generation
@@ -156,7 +155,7 @@ class Frontend:
             undo.pop_all()
         return generations
 
-    async def encode(self, prompt: Prompt, field: str) -> tuple[int, ...]:
+    async def encode(self, prompt: Prompt, field: str, tenant: str = "") -> tuple[int, ...]:
         """The token ids of a prompt.
 
         Raises:
@@ -166,19 +165,19 @@ class Frontend:
         encode, encode_chat = self.model.encode, self.model.encode_chat
         if isinstance(prompt, str):
             assert encode is not None, "a validated call"
-            ids = tuple(await self._in_thread(field, encode, prompt))
+            ids = tuple(await self._in_thread(tenant, field, encode, prompt))
         elif isinstance(prompt, TokenIds):
             ids = prompt.ids
         else:
             assert encode_chat is not None, "a validated call"
-            ids = tuple(await self._in_thread(field, encode_chat, prompt.messages))
+            ids = tuple(await self._in_thread(tenant, field, encode_chat, prompt.messages))
         if not ids:
             raise RequestError(field, "has no tokens. Write something to continue.")
         return ids
 
     def close(self) -> None:
         """Ends the threads. No call may be open."""
-        self._threads.shutdown()
+        self._threads.close()
 
     def closed(self, generation: Generation, tenant: str) -> None:
         """A generation ended: its id may be used again."""
@@ -188,14 +187,19 @@ class Frontend:
     async def _prepare(
         self, call: Call, tenant: str, arrived: float, deadline: float | None
     ) -> tuple[Generation, list[Request]]:
-        prompt = await self.encode(call.prompt, call.prompt_field)
-        constraints = [await self._constraint(call) for _ in range(call.n)]  # each has a state of its own
+        most = min(call.timeout_s or self.limits.max_timeout_s, self.limits.max_timeout_s)
+        deadline = arrived + most if deadline is None else min(deadline, arrived + most)
+        try:
+            async with asyncio.timeout(max(0.0, deadline - self.engine.clock())):
+                prompt = await self.encode(call.prompt, call.prompt_field, tenant)
+                # Each has a state of its own.
+                constraints = [await self._constraint(call, tenant) for _ in range(call.n)]
+        except TimeoutError:
+            raise UnfinishedError(FinishReason.DEADLINE) from None
         if (tenant, call.request_id) in self._open:
             raise DuplicateError(
                 f"A request with request_id {call.request_id!r} is being served. Wait for it, or choose another id."
             )
-        most = min(call.timeout_s or self.limits.max_timeout_s, self.limits.max_timeout_s)
-        deadline = arrived + most if deadline is None else min(deadline, arrived + most)
         max_tokens = self._max_tokens(call, len(prompt))
         generation = Generation(self, call, tenant, len(prompt), deadline)
         self._open[tenant, call.request_id] = generation
@@ -236,28 +240,20 @@ class Frontend:
             )
         return call.max_tokens
 
-    async def _constraint(self, call: Call) -> Constraint | None:
+    async def _constraint(self, call: Call, tenant: str) -> Constraint | None:
         if call.constraint is None:
             return None
         compile_constraint = self.model.compile_constraint
         assert compile_constraint is not None, "a validated call"
-        return await self._in_thread(call.constraint_field, compile_constraint, call.constraint)
+        return await self._in_thread(tenant, call.constraint_field, compile_constraint, call.constraint)
 
-    async def _in_thread[T](self, field: str, function: Callable[[Any], T], argument: Any) -> T:
-        if self._num_encoding >= self.limits.max_encoding:
-            raise QueueFullError(
-                f"{self._num_encoding} texts wait to be tokenized. Try again in {_RETRY_ENCODING_S:g} s.",
-                _RETRY_ENCODING_S,
-            )
-        self._num_encoding += 1
+    async def _in_thread[T](self, tenant: str, field: str, function: Callable[[Any], T], argument: Any) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function, argument)
-        except RequestError:
+            return await self._threads.run(tenant, function, argument)
+        except (RequestError, QueueFullError):
             raise
         except PippinError as error:
             raise RequestError(field, str(error)) from error
-        finally:
-            self._num_encoding -= 1
 
 
 async def take[T](written: Awaitable[T], timeout_s: float) -> T:

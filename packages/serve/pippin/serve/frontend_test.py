@@ -10,7 +10,14 @@ from pippin.serve.call import Call, TokenIds
 from pippin.serve.engine.engine import QueueLimits
 from pippin.serve.engine.request import FinishReason, Sampling
 from pippin.serve.engine.testing import answer
-from pippin.serve.errors import DrainingError, DuplicateError, QueueFullError, RequestError, SlowReaderError
+from pippin.serve.errors import (
+    DrainingError,
+    DuplicateError,
+    QueueFullError,
+    RequestError,
+    SlowReaderError,
+    UnfinishedError,
+)
 from pippin.serve.frontend import Frontend, collect, take
 from pippin.serve.request_limits import RequestLimits
 from pippin.serve.testing import MODEL, SlowRunner, fake_backend
@@ -156,6 +163,15 @@ async def test_texts_that_wait_for_the_tokenizer_are_bounded():
             await front.encode("x", "text")
         assert time.monotonic() - start < 0.1
         await asyncio.gather(*calls)
+
+
+async def test_a_deadline_holds_while_a_text_is_tokenized():
+    model = dataclasses.replace(MODEL, encode=lambda text: time.sleep(0.5) or [1])
+    async with frontend(model=model) as (front, _):
+        start = time.monotonic()
+        with pytest.raises(UnfinishedError) as error:
+            await front.generate(call(timeout_s=0.05))
+        assert time.monotonic() - start < 0.4 and error.value.reason is FinishReason.DEADLINE
 
 
 async def test_of_a_batch_all_are_taken_or_none():
