@@ -1,6 +1,7 @@
 """Serves a model over gRPC and HTTP until SIGTERM."""
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -14,7 +15,7 @@ import grpc
 import grpc.aio
 from prometheus_client import start_http_server
 
-from pippin.core.errors import PippinError
+from pippin.core.errors import ConfigError, PippinError
 from pippin.serve.addresses import is_local, require_free
 from pippin.serve.callers import Identities, identities
 from pippin.serve.engine.engine import Engine, QueueLimits
@@ -89,8 +90,15 @@ async def start(options: Options, backend: Backend) -> Server:
     """A server that answers on all its addresses.
 
     Raises:
-        ConfigError: an address or a file is wrong.
+        ConfigError: an address or a file is wrong. Nothing of it is left.
     """
+    async with contextlib.AsyncExitStack() as undo:
+        server = await _start(options, backend, undo)
+        undo.pop_all()
+    return server
+
+
+async def _start(options: Options, backend: Backend, undo: contextlib.AsyncExitStack) -> Server:
     engine, limits = backend.engine, options.limits
     frontend = Frontend(engine, backend.model, limits)
     tls = _tls(options)
@@ -111,6 +119,7 @@ async def start(options: Options, backend: Backend) -> Server:
             credentials=None if tls is None or address.startswith("unix:") else server_credentials(tls),
             reflected=list(services) if options.reflection else [],
         )
+        undo.push_async_callback(port.stop, None)
         ports.append(port)
         return found
 
@@ -133,7 +142,9 @@ async def start(options: Options, backend: Backend) -> Server:
     )
     engine.observer = Observers([metrics, RequestLog(), *filter(None, [top])])
     metrics_address, close_metrics = _serve_metrics(options, metrics)
+    undo.callback(close_metrics)
     engine.start()
+    undo.callback(engine.stop, 0.0)
     for port in ports:
         await port.start()
     http = None
@@ -169,9 +180,9 @@ async def serve(options: Options, backend: Backend, began: float) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     server = await start(options, backend)
-    print(f"READY {server.address} {backend.model.name} {time.monotonic() - began:.1f} s", flush=True)
+    _print(f"READY {server.address} {backend.model.name} {time.monotonic() - began:.1f} s")
     if server.http is not None:
-        print(f"HTTP {'http' if options.tls_cert is None else 'https'}://{server.http.address}/", flush=True)
+        _print(f"HTTP {'http' if options.tls_cert is None else 'https'}://{server.http.address}/")
     if server.top is not None:
         server.top.start()
     await asked.wait()
@@ -197,6 +208,17 @@ def run(open_backend: Callable[[Options], Backend], argv: Sequence[str] | None =
         print(f"server: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _print(line: str) -> None:
+    """Prints a line. A server whose output nobody takes, or for which there is no room, serves all the same."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        _log.warning("what this program prints goes nowhere from now on: %s", error.strerror)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _start_log(options: Options) -> None:
@@ -248,7 +270,12 @@ def _serve_metrics(options: Options, metrics: Metrics) -> tuple[str | None, Call
     """The address of the metrics, and what ends them: a thread of their own answers."""
     if options.metrics_port is None:
         return None, lambda: None
-    httpd, thread = start_http_server(options.metrics_port, options.host, metrics.registry)
+    try:
+        httpd, thread = start_http_server(options.metrics_port, options.host, metrics.registry)
+    except OSError:  # between the check and now
+        raise ConfigError(
+            f"{options.metrics_address} could not be opened. Choose another --metrics-port."
+        ) from None
 
     def close() -> None:
         httpd.shutdown()

@@ -88,6 +88,8 @@ def open_port(
 def _bind_socket(server: grpc.aio.Server, address: str) -> str:
     """A Unix socket that only its owner may use. One that a dead server left is replaced."""
     path = pathlib.Path(address.removeprefix("unix:"))
+    if path == pathlib.Path():
+        raise ConfigError(f"{address} names no file. Give unix:PATH.")
     if path.is_socket():
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(path)) == 0:
