@@ -20,6 +20,7 @@ def started(*flags: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "pippin.serve.fake_server", "0", *flags],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=False,
         capture_output=True,
         text=True,
         timeout=60,

@@ -10,6 +10,7 @@ import grpc.aio
 from google.rpc import status_pb2
 
 from pippin.serve.callers import Caller
+from pippin.serve.errors import let_go
 from pippin.serve.frontend import take
 from pippin.serve.rpc.auth import Authenticator, DeniedError
 from pippin.serve.rpc.deserialize import deserialize
@@ -61,8 +62,8 @@ class Guard(grpc.aio.ServerInterceptor):
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, only this call ends
                 status = _status(error)
-            # Out of the handler, and without the bytes: grpc keeps what `abort` raises, and so all that this frame and
-            # an exception before it hold, until the garbage collector comes by. A message may take a hundred times its bytes.
+                let_go(error)
+            # Out of the handler, and without the bytes: what `abort` raises holds this frame (see `let_go`).
             del data
             await abort_with(context, status)
 
@@ -80,6 +81,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 raise
             except Exception as error:  # noqa: BLE001 - as above
                 status = _status(error)
+                let_go(error)
             del data
             await abort_with(context, status)
 
