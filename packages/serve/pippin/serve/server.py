@@ -117,6 +117,7 @@ async def _start(options: Options, backend: Backend, undo: contextlib.AsyncExitS
             guard,
             # Each port its own: gRPC asks each for its first certificate.
             credentials=None if tls is None or address.startswith("unix:") else server_credentials(tls),
+            limits=options.channel_limits,
             reflected=list(services) if options.reflection else [],
         )
         undo.push_async_callback(port.stop, None)

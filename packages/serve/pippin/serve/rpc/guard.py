@@ -1,5 +1,6 @@
 """What surrounds every method of every service: who calls, what arrived, a slow reader, and how it ends."""
 
+import asyncio
 import contextlib
 import contextvars
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -79,6 +80,8 @@ class Guard(grpc.aio.ServerInterceptor):
                 return
             except grpc.aio.AbortError:
                 raise
+            except grpc.aio.InternalError:  # of a write
+                raise asyncio.CancelledError("the client has gone") from None
             except Exception as error:  # noqa: BLE001 - as above
                 status = _status(error)
                 let_go(error)

@@ -1,5 +1,6 @@
 """The one table of how a call may end that is not OK."""
 
+import asyncio
 import datetime
 import logging
 import secrets
@@ -76,9 +77,12 @@ def status_of(error: Exception) -> status_pb2.Status:
 
 
 async def abort_with(context: grpc.aio.ServicerContext, status: status_pb2.Status) -> NoReturn:
-    """Ends a call."""
+    """Ends a call; as cancelled where the client has gone, and nobody can be told."""
     end = rpc_status.to_status(status)
-    await context.abort(end.code, end.details, end.trailing_metadata)
+    try:
+        await context.abort(end.code, end.details, end.trailing_metadata)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError("the client has gone") from None
     raise AssertionError("abort raises")
 
 
