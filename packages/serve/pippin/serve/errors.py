@@ -69,3 +69,15 @@ class UnfinishedError(PippinError):
     def __init__(self, reason: FinishReason):
         super().__init__(f"a completion ended with {reason.value}")
         self.reason = reason
+
+
+def let_go(error: BaseException) -> None:
+    """Frees what the frames of an error that was told hold, and of those that it came from: a request, which may be large.
+
+    Where a context manager raised another error, or grpc keeps the one of `abort`, frames and errors hold each other
+    until the garbage collector comes by, which counts objects and not bytes.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        found.__traceback__ = None
+        found = found.__cause__ or found.__context__

@@ -1,7 +1,6 @@
 """What every protocol of the server shares: a call becomes requests to the engine, and their outputs a stream."""
 
 import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -14,6 +13,7 @@ import numpy as np
 from pippin.core.errors import PippinError
 from pippin.serve.adapters import Loaded
 from pippin.serve.call import Call, Prompt, TokenIds
+from pippin.serve.encoding_threads import EncodingThreads
 from pippin.serve.engine.engine import Engine
 from pippin.serve.engine.request import Constraint, FinishReason, Output, Request, Trace
 from pippin.serve.errors import (
@@ -32,7 +32,6 @@ from pippin.serve.trace import BeginTrace, note_trace
 _DEADLINE_GRACE_S = 0.5
 # Tokenizing releases Python's lock; more threads would take the cores from the engine.
 _ENCODING_THREADS = 2
-_RETRY_ENCODING_S = 1.0
 # So much of a completion (see `_size`) is put into one output: writing it takes milliseconds.
 _SLICE = 1024
 _LEAST_LENGTH = 1e-12  # of a vector: none is divided by 0
@@ -164,8 +163,8 @@ class Frontend:
         self.engine, self.model, self.limits = engine, model, limits
         self.context_length = min(model.context_length, engine.limits.max_context)
         self._open: dict[tuple[str, str], Generation] = {}  # tenant, request_id -> generation
-        self._threads = concurrent.futures.ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encode")
-        self._num_encoding, self._begin_trace = 0, begin_trace
+        self._threads = EncodingThreads(_ENCODING_THREADS, limits.max_encoding)
+        self._begin_trace = begin_trace
 
     async def generate(
         self,
@@ -181,7 +180,7 @@ class Frontend:
             DuplicateError: a call of this tenant with its id is being served.
             QueueFullError: too much waits.
             DrainingError: no more calls are taken.
-            UnfinishedError: the deadline passed while the prompt was tokenized.
+            UnfinishedError: the deadline passed before it was tokenized.
         """
         (generation,) = await self.generate_all([call], tenant, deadline, headers, lambda _, field: field)
         return generation
@@ -236,7 +235,7 @@ class Frontend:
             collected = await asyncio.gather(*map(collect, generations))
         return [_embedding(output) for (output,) in collected]
 
-    async def encode(self, prompt: Prompt, field: str) -> tuple[int, ...]:
+    async def encode(self, prompt: Prompt, field: str, tenant: str = "") -> tuple[int, ...]:
         """The token ids of a prompt.
 
         Raises:
@@ -246,19 +245,19 @@ class Frontend:
         encode, encode_chat = self.model.encode, self.model.encode_chat
         if isinstance(prompt, str):
             assert encode is not None, "a validated call"
-            ids = tuple(await self._in_thread(field, encode, prompt))
+            ids = tuple(await self._in_thread(tenant, field, encode, prompt))
         elif isinstance(prompt, TokenIds):
             ids = prompt.ids
         else:
             assert encode_chat is not None, "a validated call"
-            ids = tuple(await self._in_thread(field, encode_chat, prompt.messages))
+            ids = tuple(await self._in_thread(tenant, field, encode_chat, prompt.messages))
         if not ids:
             raise RequestError(field, "has no tokens. Write something to continue.")
         return ids
 
     def close(self) -> None:
         """Ends the threads. No call may be open."""
-        self._threads.shutdown()
+        self._threads.close()
 
     def closed(self, generation: Generation, tenant: str) -> None:
         """A generation ended: its id may be used again."""
@@ -273,9 +272,9 @@ class Frontend:
         most = min(call.timeout_s or self.limits.max_timeout_s, self.limits.max_timeout_s)
         deadline = arrived + most if deadline is None else min(deadline, arrived + most)
         try:
-            async with asyncio.timeout(deadline - self.engine.clock()):
-                prompt = await self.encode(call.prompt, call.prompt_field)
-                constraints = await self._constraints(call)
+            async with asyncio.timeout(max(0.0, deadline - self.engine.clock())):
+                prompt = await self.encode(call.prompt, call.prompt_field, tenant)
+                constraints = await self._constraints(call, tenant)
         except TimeoutError:
             raise UnfinishedError(FinishReason.DEADLINE) from None
         if (tenant, call.request_id) in self._open:
@@ -346,7 +345,7 @@ class Frontend:
                 f"most {most} are told in one answer. Ask for fewer tokens, completions or logprobs.",
             )
 
-    async def _constraints(self, call: Call) -> Sequence[Constraint | None]:
+    async def _constraints(self, call: Call, tenant: str) -> Sequence[Constraint | None]:
         """One for each completion: compiled once, and each with a state of its own."""
         if call.constraint is None:
             return [None] * call.n
@@ -357,27 +356,15 @@ class Frontend:
             first = compile_constraint(spec)
             return [first, *(first.copy() for _ in range(call.n - 1))]
 
-        return await self._in_thread(call.constraint_field, compiled, call.constraint)
+        return await self._in_thread(tenant, call.constraint_field, compiled, call.constraint)
 
-    async def _in_thread[T](self, field: str, function: Callable[[Any], T], argument: Any) -> T:
-        if self._num_encoding >= self.limits.max_encoding:
-            raise QueueFullError(
-                f"{self._num_encoding} texts wait to be tokenized. Try again in {_RETRY_ENCODING_S:g} s.",
-                _RETRY_ENCODING_S,
-            )
-        self._num_encoding += 1
-        loop, future = asyncio.get_running_loop(), self._threads.submit(function, argument)
-        # Not when nobody waits any more: a thread that has begun goes on.
-        future.add_done_callback(lambda _: loop.call_soon_threadsafe(self._encoded))
+    async def _in_thread[T](self, tenant: str, field: str, function: Callable[[Any], T], argument: Any) -> T:
         try:
-            return await asyncio.wrap_future(future)
-        except RequestError:
+            return await self._threads.run(tenant, function, argument)
+        except (RequestError, QueueFullError):
             raise
         except PippinError as error:
             raise RequestError(field, str(error)) from error
-
-    def _encoded(self) -> None:
-        self._num_encoding -= 1
 
 
 async def take[T](written: Awaitable[T], timeout_s: float) -> T:

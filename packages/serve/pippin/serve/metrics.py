@@ -154,6 +154,7 @@ class _LoadCollector(Collector):
             "kv_cache_usage_perc": ("Of the cache, 1 is all.", load.used_pages / load.num_pages),
         }
         counters = {
+            "num_requests_taken": ("Requests that were taken: those that ended, run and wait.", load.taken),
             "num_preemptions": ("Requests that gave up their turn.", load.preemptions),
             "prefix_cache_queries": ("Tokens of prompts.", load.prefix_queries),
             "prefix_cache_hits": ("Tokens of prompts that were in the cache.", load.prefix_hits),

@@ -80,6 +80,7 @@ async def test_every_request_that_is_taken_ends_once_in_the_metrics():
             while served.engine.load().num_running:
                 await asyncio.sleep(0.01)
         found = await scrape(served)
+    assert found["num_requests_taken_total"] == 3
     ended = {
         name: value for name, value in found.items() if name.startswith("request_success_total") and value
     }

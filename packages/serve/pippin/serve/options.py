@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pippin.core.errors import ConfigError
 from pippin.serve.http.http_limits import HttpLimits
 from pippin.serve.request_limits import RequestLimits
+from pippin.serve.rpc.channel_limits import ChannelLimits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class Options:
     withdraw_s: float = 2.0
     grace_s: float = 60.0
     limits: RequestLimits = dataclasses.field(default_factory=RequestLimits)
+    channel_limits: ChannelLimits = dataclasses.field(default_factory=ChannelLimits)
     http_limits: HttpLimits = dataclasses.field(default_factory=HttpLimits)
 
     @property

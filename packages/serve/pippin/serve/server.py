@@ -84,7 +84,7 @@ async def start(options: Options, backend: Backend) -> Server:
     """A server that answers on all its addresses.
 
     Raises:
-        ConfigError: an address or a file is wrong. Nothing is left open.
+        ConfigError: an address or a file is wrong. Nothing of it is left.
     """
     async with contextlib.AsyncExitStack() as undo:
         server = await _start(options, backend, undo)
@@ -116,6 +116,7 @@ async def _start(options: Options, backend: Backend, undo: contextlib.AsyncExitS
             guard,
             # Each port its own: gRPC asks each for its first certificate.
             credentials=None if tls is None or address.startswith("unix:") else server_credentials(tls),
+            limits=options.channel_limits,
             reflected=list(services) if options.reflection else [],
         )
         undo.push_async_callback(port.stop, None)
@@ -190,9 +191,9 @@ async def serve(options: Options, backend: Backend, began: float) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     server = await start(options, backend)
-    print(f"READY {server.address} {backend.model.name} {time.monotonic() - began:.1f} s", flush=True)
+    _print(f"READY {server.address} {backend.model.name} {time.monotonic() - began:.1f} s")
     if server.http is not None:
-        print(f"HTTP {'http' if options.tls_cert is None else 'https'}://{server.http.address}/", flush=True)
+        _print(f"HTTP {'http' if options.tls_cert is None else 'https'}://{server.http.address}/")
     if server.top is not None:
         server.top.start()
     await asked.wait()
@@ -218,6 +219,17 @@ def run(open_backend: Callable[[Options], Backend], argv: Sequence[str] | None =
         print(f"server: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _print(line: str) -> None:
+    """Prints a line. A server whose output nobody takes, or for which there is no room, serves all the same."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        _log.warning("what this program prints goes nowhere from now on: %s", error.strerror)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _start_log(options: Options) -> None:

@@ -41,6 +41,11 @@ def read_context(paths: Sequence[pathlib.Path]) -> ssl.SSLContext:
     except (ssl.SSLError, OSError) as error:
         raise ConfigError(
             f"{', '.join(map(str, paths))} are not a certificate, its key, and authorities, each as PEM: "
-            f"{error.reason if isinstance(error, ssl.SSLError) else error.strerror}. Give files that belong together."
+            f"{_reason(error)}. Give files that belong together."
         ) from None
     return context
+
+
+def _reason(error: OSError) -> str:
+    told = error.reason if isinstance(error, ssl.SSLError) else error.strerror
+    return told or "there is none in a file"

@@ -70,6 +70,7 @@ class Load:
     generated: int = 0  # tokens of output, since the start
     drafts: int = 0  # tokens that were guessed
     right_drafts: int = 0  # and guessed rightly
+    taken: int = 0  # requests, since the start: each of them ends once
 
 
 class _Stream:
@@ -117,7 +118,7 @@ class Engine:
         self._exchange: _Exchange | None = None
         self._lock = threading.Condition()
         self._draining = self._stopped = False
-        self._steps = self._generated = 0
+        self._steps = self._generated = self._taken = 0
         self._num_failures = 0  # of steps, since the last one that went well
         self._progress = clock()  # when the last step ended, or work came to an idle engine
         self._tokens_per_s = 0.0  # lately
@@ -155,6 +156,7 @@ class Engine:
                 self._progress = self.clock()
             self._streams[request.request_id] = _Stream(request, on_output, self.token_bytes)
             self._scheduler.add(request, self.clock())
+            self._taken += 1
             self._lock.notify_all()
 
     def cancel(self, request_id: str) -> None:
@@ -204,6 +206,7 @@ class Engine:
                 self._generated,
                 scheduler.num_drafts,
                 scheduler.num_right_drafts,
+                self._taken,
             )
 
     def drain(self) -> None:

@@ -7,7 +7,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pippin.serve.callers import Caller, Identities
-from pippin.serve.errors import SlowReaderError
+from pippin.serve.errors import SlowReaderError, let_go
 from pippin.serve.frontend import take
 from pippin.serve.http.disconnect import ClientGoneError
 from pippin.serve.http.problem import Problem, problem_of
@@ -59,6 +59,7 @@ class Guard:
             abort()
         except Exception as error:  # noqa: BLE001 - whatever it is, only this request ends
             problem = problem_of(error)
+            let_go(error)
             if started:
                 abort()
             else:

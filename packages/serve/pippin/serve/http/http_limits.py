@@ -16,3 +16,4 @@ class HttpLimits:
     max_connections: int = 1024  # beyond, 503
     # A connection whose other side takes nothing for so long is cut by the system, whatever is left to send.
     write_timeout_s: float = 60.0
+    tcp_keepalive_s: int = 30  # between the system's questions to a silent client whether it is still there

@@ -136,6 +136,9 @@ def _listen(address: str, limits: HttpLimits) -> socket.socket:
             listener.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.write_timeout_s * 1000)
             )
+            # A client that waits for a whole answer is sent nothing: the system asks whether it is there.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, limits.tcp_keepalive_s)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, limits.tcp_keepalive_s)
         listener.bind(where)
         listener.listen(_BACKLOG)
     except OSError:

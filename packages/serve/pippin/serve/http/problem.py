@@ -46,7 +46,6 @@ _ERRORS: dict[type[Exception], tuple[int, str]] = {
     UnsupportedError: (400, "unsupported"),
     PreconditionError: (409, "precondition"),
     NotFoundError: (404, "not_found"),
-    PreconditionError: (409, "precondition"),
     DuplicateError: (409, "duplicate_request_id"),
     QueueFullError: (429, "queue_full"),
     SlowReaderError: (408, "slow_reader"),
@@ -82,9 +81,9 @@ class Problem(PippinError):
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {
             "error": {
-                "message": str(self)[:_MAX_MESSAGE],
+                "message": _whole_characters(str(self)[:_MAX_MESSAGE]),
                 "type": kind,
-                "param": self.param,
+                "param": None if self.param is None else _whole_characters(self.param),
                 "code": self.code,
             }
         }
@@ -140,3 +139,8 @@ def problem_of(error: Exception) -> Problem:
 
 def _retry_after(seconds: float) -> dict[str, str]:
     return {"retry-after": str(math.ceil(seconds))}
+
+
+def _whole_characters(text: str) -> str:
+    """A text that can be sent: a field's name may hold half a character, which JSON can spell."""
+    return text.encode(errors="backslashreplace").decode()

@@ -51,6 +51,8 @@ _NOTHING_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "refusal": ("",),
 }
+# Of all prompts with what they share: what gRPC takes as one message.
+_MAX_MERGED_BYTES = 4 << 20
 _TOKEN = re.compile(r"-?[0-9]{1,10}")
 _ANY_OBJECT = '{"type": "object"}'
 _OF_REQUEST = re.compile(r"requests\[(\d+)\]\.(.*)", re.DOTALL)
@@ -116,6 +118,9 @@ def completion_question(values: Mapping[str, Any]) -> Question:
     prompts = prompts_of(fields.take_any("prompt"))
     if prompts is None:
         fields.wrong("prompt", "must be a text, an array of token ids, or an array of such")
+    elif len(prompts) > (most := RequestLimits().max_batch):
+        fields.wrong("prompt", f"holds {len(prompts)} prompts; at most {most} are taken")
+        prompts = None
     fields.copy("logprobs", "an integer", request, "logprobs")
     fields.copy("max_tokens", "an integer", request, "max_tokens")
     if fields.take("best_of", "an integer") not in (None, values.get("n") or 1):
@@ -163,9 +168,12 @@ def _question(
     fields.finish(_NOTHING, _HARMLESS)
     if fields.violations:
         raise InvalidRequestError(fields.violations)
-    for one in requests:
-        if one is not request:
-            one.MergeFrom(request)
+    several = [one for one in requests if one is not request]
+    if len(several) > 1 and len(several) * request.ByteSize() > _MAX_MERGED_BYTES:
+        rule = f"holds {len(several)} prompts, for each of which the rest of the request is copied, and that is too large"
+        raise InvalidRequestError([Violation("prompt", f"{rule}. Send them one by one.")])
+    for one in several:
+        one.MergeFrom(request)
     return Question(requests, model, stream, include_usage, names)
 
 

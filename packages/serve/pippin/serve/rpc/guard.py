@@ -1,5 +1,6 @@
 """What surrounds every method of every service: who calls, what arrived, a slow reader, and how it ends."""
 
+import asyncio
 import contextlib
 import contextvars
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -7,12 +8,14 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.rpc import status_pb2
 
 from pippin.serve.callers import Caller
+from pippin.serve.errors import let_go
 from pippin.serve.frontend import take
 from pippin.serve.rpc.auth import Authenticator, DeniedError
 from pippin.serve.rpc.deserialize import deserialize
-from pippin.serve.rpc.status import abort, abort_with, denied
+from pippin.serve.rpc.status import abort_with, denied, status_of
 
 _caller: contextvars.ContextVar[Caller] = contextvars.ContextVar("caller")
 
@@ -53,33 +56,48 @@ class Guard(grpc.aio.ServerInterceptor):
 
     def _unary(self, inner: Any, parse: Any, method: str) -> Any:
         async def call(data: bytes, context: grpc.aio.ServicerContext) -> Any:
-            async with self._ends(context, method):
+            try:
+                self._admit(context, method)
                 return await inner(deserialize(parse, data), context)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, only this call ends
+                status = _status(error)
+                let_go(error)
+            # Out of the handler, and without the bytes: what `abort` raises holds this frame (see `let_go`).
+            del data
+            await abort_with(context, status)
 
         return call
 
     def _stream(self, inner: Any, parse: Any, method: str, read: Any) -> Any:
         async def call(data: Any, context: grpc.aio.ServicerContext) -> None:
-            async with (
-                self._ends(context, method),
-                contextlib.aclosing(inner(read(parse, data), context)) as responses,
-            ):
-                async for response in responses:
-                    await take(context.write(response), self._slow_reader_timeout_s)
+            try:
+                self._admit(context, method)
+                async with contextlib.aclosing(inner(read(parse, data), context)) as responses:
+                    async for response in responses:
+                        await take(context.write(response), self._slow_reader_timeout_s)
+                return
+            except grpc.aio.AbortError:
+                raise
+            except grpc.aio.InternalError:  # of a write
+                raise asyncio.CancelledError("the client has gone") from None
+            except Exception as error:  # noqa: BLE001 - as above
+                status = _status(error)
+                let_go(error)
+            del data
+            await abort_with(context, status)
 
         return call
 
-    @contextlib.asynccontextmanager
-    async def _ends(self, context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[None]:
-        try:
-            _caller.set(self._authenticator.authenticate(method, context))
-            yield
-        except grpc.aio.AbortError:
-            raise
-        except DeniedError as error:
-            await abort_with(context, denied(error.code, error.reason, str(error)))
-        except Exception as error:  # noqa: BLE001 - whatever it is, only this call ends
-            await abort(context, error)
+    def _admit(self, context: grpc.aio.ServicerContext, method: str) -> None:
+        _caller.set(self._authenticator.authenticate(method, context))
+
+
+def _status(error: Exception) -> status_pb2.Status:
+    if isinstance(error, DeniedError):
+        return denied(error.code, error.reason, str(error))
+    return status_of(error)
 
 
 def _one(parse: Any, data: bytes) -> Any:

@@ -141,7 +141,7 @@ class InferenceService:
     async def _encode(self, request: pb.TokenizeRequest | pb.CountTokensRequest) -> Sequence[int]:
         prompt: Prompt
         prompt, field = validate_prompt(request, self._frontend.model, self._frontend.limits)
-        return await self._frontend.encode(prompt, field)
+        return await self._frontend.encode(prompt, field, current_caller().tenant)
 
     def _deadline(self, context: grpc.aio.ServicerContext) -> float | None:
         """Of the call, on the engine's clock."""

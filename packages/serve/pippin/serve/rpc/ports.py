@@ -1,11 +1,9 @@
 """gRPC servers on their addresses, with every bound set."""
 
-import dataclasses
 import os
 import pathlib
 import socket
 from collections.abc import Sequence
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -13,41 +11,10 @@ from grpc_reflection.v1alpha import reflection
 
 from pippin.core.errors import ConfigError
 from pippin.serve.addresses import require_free
+from pippin.serve.rpc.channel_limits import ChannelLimits
 from pippin.serve.rpc.guard import Guard
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChannelLimits:
-    """Bounds of connections and messages."""
-
-    max_message_bytes: int = 4 << 20  # a prompt is text: a batch of long ones fits
-    max_header_bytes: int = 16 << 10  # room for tokens and traces
-    max_streams: int = 256  # of one connection: a client cannot open and reset them without end
-    max_calls: int = 1024  # of all connections: beyond, RESOURCE_EXHAUSTED at once
-    max_connection_age_s: float = 3600.0  # then clients connect anew, perhaps to a replica that came later
-    max_connection_age_grace_s: float = 3600.0  # what a stream may still take: as long as a request may
-    keepalive_s: float = 60.0  # finds clients that are gone without a word, whose requests hold memory
-    keepalive_timeout_s: float = 20.0
-    min_ping_s: float = 10.0  # clients may ping as often, also through a long wait for the first token
-
-    def options(self) -> list[tuple[str, Any]]:
-        """As gRPC names them. Whatever is not here is gRPC's default."""
-        return [
-            ("grpc.max_receive_message_length", self.max_message_bytes),
-            ("grpc.max_metadata_size", self.max_header_bytes),
-            ("grpc.absolute_max_metadata_size", self.max_header_bytes),
-            ("grpc.max_concurrent_streams", self.max_streams),
-            ("grpc.max_connection_age_ms", int(self.max_connection_age_s * 1000)),
-            ("grpc.max_connection_age_grace_ms", int(self.max_connection_age_grace_s * 1000)),
-            ("grpc.keepalive_time_ms", int(self.keepalive_s * 1000)),
-            ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_s * 1000)),
-            ("grpc.http2.min_ping_interval_without_data_ms", int(self.min_ping_s * 1000)),
-            # gRPC's own default ends the connection of a client that pings every 10 s.
-            ("grpc.http2.max_ping_strikes", 10),
-            ("grpc.keepalive_permit_without_calls", 1),
-            # Two servers on one port would share its connections without a word.
-            ("grpc.so_reuseport", 0),
-        ]
+_LIMITS = ChannelLimits()
 
 
 def open_port(
@@ -56,7 +23,7 @@ def open_port(
     guard: Guard,
     *,
     credentials: grpc.ServerCredentials | None = None,
-    limits: ChannelLimits = ChannelLimits(),
+    limits: ChannelLimits = _LIMITS,
     reflected: Sequence[str] = (),
 ) -> tuple[grpc.aio.Server, str]:
     """A server that is yet to be started, and its address with the port that it got.
@@ -88,6 +55,8 @@ def open_port(
 def _bind_socket(server: grpc.aio.Server, address: str) -> str:
     """A Unix socket that only its owner may use. One that a dead server left is replaced."""
     path = pathlib.Path(address.removeprefix("unix:"))
+    if path == pathlib.Path():
+        raise ConfigError(f"{address} names no file. Give unix:PATH.")
     if path.is_socket():
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(path)) == 0:

@@ -1,5 +1,6 @@
 """The one table of how a call may end that is not OK."""
 
+import asyncio
 import datetime
 import logging
 import secrets
@@ -46,7 +47,6 @@ _ERRORS: dict[type[Exception], tuple[int, str]] = {
     UnsupportedError: (code_pb2.UNIMPLEMENTED, "UNSUPPORTED"),
     PreconditionError: (code_pb2.FAILED_PRECONDITION, "PRECONDITION"),
     NotFoundError: (code_pb2.NOT_FOUND, "NOT_FOUND"),
-    PreconditionError: (code_pb2.FAILED_PRECONDITION, "PRECONDITION"),
 }
 
 # Why a completion ended, where that is no success -> code, reason.
@@ -78,15 +78,13 @@ def status_of(error: Exception) -> status_pb2.Status:
     return _status(code, message, details)
 
 
-async def abort(context: grpc.aio.ServicerContext, error: Exception) -> NoReturn:
-    """Ends a call with what `status_of` says."""
-    await abort_with(context, status_of(error))
-
-
 async def abort_with(context: grpc.aio.ServicerContext, status: status_pb2.Status) -> NoReturn:
-    """Ends a call."""
+    """Ends a call; as cancelled where the client has gone, and nobody can be told."""
     end = rpc_status.to_status(status)
-    await context.abort(end.code, end.details, end.trailing_metadata)
+    try:
+        await context.abort(end.code, end.details, end.trailing_metadata)
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError("the client has gone") from None
     raise AssertionError("abort raises")
 
 
