@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import json
 import os
+import signal
 import statistics
 import sys
 import sysconfig
@@ -38,7 +39,8 @@ from pippin.v1 import inference_pb2 as pb
 _OURS, _PLAIN = "pippin", "pippin, no drafts"
 _PEERS = {"llama": "llama.cpp", "vllm": "vLLM", "hf": "Hugging Face"}
 # The default rates, as shares of what our server answers in the closed loop with the most streams.
-_RATES = (0.5, 0.8, 1.1, 1.6, 3.0)
+_RATES = (0.6, 0.9, 1.3, 3.0)
+_LEAST_PROMPTS = 2  # of a round
 _SETTLE_S = 0.5  # between turns: threads that wait for work stop to spin
 
 
@@ -47,6 +49,7 @@ def main() -> int:
     os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the servers, too
     try:
         results = Run(args).all()
     except PippinError as error:
@@ -133,7 +136,8 @@ class Run:
         """Rounds in which each contender answers the same prompts, which are new in each round."""
         args, steps = self.args, []
         for number in range(args.rounds):
-            batch = list(itertools.islice(prompts, streams * args.prompts_per_stream))
+            most = max(_LEAST_PROMPTS, streams * args.prompts_per_stream)
+            batch = list(itertools.islice(prompts, most))
             for name, contender in rivals.items():
                 time.sleep(_SETTLE_S)
                 counter.since()
@@ -219,7 +223,7 @@ def _parse() -> argparse.Namespace:
     add("--peers", nargs="*", choices=list(_PEERS), default=list(_PEERS), help="all, unless some are named")
     add("--streams", nargs="*", type=int, default=[1, 8, 32], help="of the closed loops (%(default)s)")
     add("--rounds", type=int, default=3, help="of each closed loop (%(default)s)")
-    add("--prompts-per-stream", type=int, default=2, help="in a round (%(default)s)")
+    add("--prompts-per-stream", type=int, default=1, help="in a round, two at least (%(default)s)")
     add("--rates", nargs="*", type=float, help="requests a second of the open loops; none: no open loop")
     add("--seconds", type=float, default=20.0, help="for which they come (%(default)g)")
     add("--max-waiting", type=int, help="our server's limit in the open loops; by the SLO unless it is given")
@@ -233,7 +237,7 @@ def _parse() -> argparse.Namespace:
     add("--out", type=Path, default=Path("benchmark_serve"))
     args = parser.parse_args()
     if args.quick:
-        args.streams, args.rounds, args.prompts_per_stream, args.seconds = [1, 8], 1, 1, 10.0
+        args.streams, args.rounds, args.seconds = [1, 8], 1, 10.0
         args.rates = [0.5, 4.0] if args.rates is None else args.rates
     return args
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 from benchmarks.serving.load import ShedError
@@ -12,7 +12,7 @@ from benchmarks.serving.load import ShedError
 _REFUSED = (429, 503)
 
 
-async def post(port: int, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+async def post(port: int, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
     """The events that a server of this machine answers a body of JSON with.
 
     Raises:

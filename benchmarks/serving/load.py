@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Protocol
 
 from benchmarks.serving.answers import Answer, Ending
@@ -22,7 +22,7 @@ class ShedError(Exception):
 class Client(Protocol):
     """Who sends requests to a server."""
 
-    def generate(self, prompt: Prompt, max_tokens: int) -> AsyncIterator[int]:
+    def generate(self, prompt: Prompt, max_tokens: int) -> AsyncGenerator[int]:
         """How many tokens came, each time that some did. Raises ShedError."""
         ...
 
@@ -88,7 +88,7 @@ async def _ask(
     ending = Ending.WHOLE
     try:
         async with asyncio.timeout_at(None if until_s is None else _on_loop(start + until_s)):
-            async with contextlib.aclosing(client.generate(prompt, max_tokens)) as events:  # pyright: ignore[reportArgumentType]
+            async with contextlib.aclosing(client.generate(prompt, max_tokens)) as events:
                 async for count in events:
                     times += [time.monotonic() - start] * count
         if len(times) != max_tokens:

@@ -48,7 +48,7 @@ def test_a_closed_loop_sends_each_prompt_once_with_so_many_at_a_time() -> None:
     client = FakeClient()
     answers = asyncio.run(closed_loop(client, 3, [[i] for i in range(10, 20)], 4))
     assert client.most == 3
-    assert sorted(client.asked) == [[i] for i in range(10, 20)]
+    assert sorted(map(list, client.asked)) == [[i] for i in range(10, 20)]
     assert all(len(a.token_s) == 4 and a.ending is Ending.WHOLE for a in answers)
 
 
