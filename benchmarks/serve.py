@@ -41,6 +41,7 @@ _PEERS = {"llama": "llama.cpp", "vllm": "vLLM", "hf": "Hugging Face"}
 # The default rates, as shares of what our server answers in the closed loop with the most streams.
 _RATES = (0.6, 0.9, 1.3, 3.0)
 _LEAST_PROMPTS = 2  # of a round
+_BUSY = 0.5  # the load of a machine with other work
 _SETTLE_S = 0.5  # between turns: threads that wait for work stop to spin
 
 
@@ -49,6 +50,11 @@ def main() -> int:
     os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
+    if (busy := os.getloadavg()[0]) > _BUSY:
+        print(
+            f"warning: this machine has other work (its load is {busy:.1f}): figures will be worth little",
+            file=sys.stderr,
+        )
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the servers, too
     try:
         results = Run(args).all()

@@ -27,6 +27,7 @@ class Answer:
     token_s: tuple[float, ...]  # when each token came
     ending: Ending
     ended_s: float
+    tokens: tuple[int, ...] = ()  # their ids
 
     @property
     def first_s(self) -> float:
@@ -48,6 +49,7 @@ class Answer:
             "ended_s": round(self.ended_s, 5),
             "ending": self.ending.value,
             "token_s": times,
+            "tokens": self.tokens,
         }
 
 

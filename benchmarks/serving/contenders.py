@@ -164,7 +164,7 @@ class _Grpc:
 
     channel: grpc.aio.Channel
 
-    async def generate(self, prompt: Prompt, max_tokens: int) -> AsyncGenerator[int]:
+    async def generate(self, prompt: Prompt, max_tokens: int) -> AsyncGenerator[Sequence[int]]:
         """See `Client`."""
         request = pb.GenerateRequest(
             token_ids=pb.TokenIds(ids=prompt), max_tokens=max_tokens, temperature=0.0, ignore_eos=True
@@ -173,7 +173,7 @@ class _Grpc:
         try:
             async for event in call:
                 if event.delta.token_ids:
-                    yield len(event.delta.token_ids)
+                    yield event.delta.token_ids
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 raise ShedError from None
@@ -188,13 +188,13 @@ class _LlamaHttp:
 
     port: int
 
-    async def generate(self, prompt: Prompt, max_tokens: int) -> AsyncGenerator[int]:
+    async def generate(self, prompt: Prompt, max_tokens: int) -> AsyncGenerator[Sequence[int]]:
         """See `Client`."""
         asked = {"prompt": list(prompt), "n_predict": max_tokens, "temperature": 0, "ignore_eos": True}
         asked |= {"stream": True, "return_tokens": True, "cache_prompt": False}
         async with contextlib.aclosing(post(self.port, "/completion", asked)) as events:
             async for event in events:
-                yield len(event["tokens"])
+                yield event["tokens"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,14 +203,14 @@ class _OpenAi:
 
     port: int
 
-    async def generate(self, prompt: Prompt, max_tokens: int) -> AsyncGenerator[int]:
+    async def generate(self, prompt: Prompt, max_tokens: int) -> AsyncGenerator[Sequence[int]]:
         """See `Client`."""
         asked = {"model": MODEL, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0}
         asked |= {"ignore_eos": True, "stream": True, "return_token_ids": True}
         async with contextlib.aclosing(post(self.port, "/v1/completions", asked)) as events:
             async for event in events:
                 for choice in event["choices"]:
-                    yield len(choice["token_ids"] or [])
+                    yield choice["token_ids"] or []
 
 
 def grpc_server(command: Sequence[str], log: Path, port: int, env: Mapping[str, str] | None = None) -> Server:
@@ -285,8 +285,9 @@ class HuggingFace:
             self._process.stdin.write(json.dumps({"prompts": batch, "max_tokens": max_tokens}) + "\n")
             self._process.stdin.flush()
             began = time.monotonic() - start
-            times = tuple(began + t for t in self._read()["token_s"])
-            answers += [Answer(began, times, Ending.WHOLE, times[-1])] * len(batch)
+            told = self._read()
+            times = tuple(began + t for t in told["token_s"])
+            answers += [Answer(began, times, Ending.WHOLE, times[-1], tuple(ids)) for ids in told["tokens"]]
         return answers
 
     def open_loop(

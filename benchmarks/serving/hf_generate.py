@@ -29,7 +29,7 @@ def main(file):
         start = time.monotonic()
         times.clear()
         with torch.no_grad():
-            model.generate(
+            written = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=asked["max_tokens"],
@@ -38,7 +38,8 @@ def main(file):
                 pad_token_id=0,
                 logits_processor=[note],
             )
-        print(json.dumps({"token_s": [t - start for t in times]}), file=out, flush=True)
+        answer = {"token_s": [t - start for t in times], "tokens": written[:, ids.shape[1] :].tolist()}
+        print(json.dumps(answer), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ class ShedError(Exception):
 class Client(Protocol):
     """Who sends requests to a server."""
 
-    def generate(self, prompt: Prompt, max_tokens: int) -> AsyncGenerator[int]:
-        """How many tokens came, each time that some did. Raises ShedError."""
+    def generate(self, prompt: Prompt, max_tokens: int) -> AsyncGenerator[Sequence[int]]:
+        """The ids of the tokens that came, each time that some did. Raises ShedError."""
         ...
 
 
@@ -37,17 +37,17 @@ def poisson(rate: float, seconds: float, seed: int) -> list[float]:
 async def closed_loop(
     client: Client, streams: int, prompts: Sequence[Prompt], max_tokens: int
 ) -> list[Answer]:
-    """Answers of streams that each send the next prompt when their last one is answered."""
+    """Answers to the prompts, in their order, of streams that each send the next one when their last one is answered."""
     start = time.monotonic()
-    left = iter(prompts)
-    answers: list[Answer] = []
+    left = iter(enumerate(prompts))
+    answers: dict[int, Answer] = {}
 
     async def stream() -> None:
-        for prompt in left:
-            answers.append(await _ask(client, prompt, max_tokens, start, time.monotonic() - start))
+        for number, prompt in left:
+            answers[number] = await _ask(client, prompt, max_tokens, start, time.monotonic() - start)
 
     await asyncio.gather(*(stream() for _ in range(streams)))
-    return answers
+    return [answers[number] for number in range(len(prompts))]
 
 
 async def open_loop(
@@ -85,12 +85,14 @@ async def _ask(
 ) -> Answer:
     """What comes of one request; `start` is the beginning of the load on the clock."""
     times: list[float] = []
+    tokens: list[int] = []
     ending = Ending.WHOLE
     try:
         async with asyncio.timeout_at(None if until_s is None else _on_loop(start + until_s)):
             async with contextlib.aclosing(client.generate(prompt, max_tokens)) as events:
-                async for count in events:
-                    times += [time.monotonic() - start] * count
+                async for new in events:
+                    times += [time.monotonic() - start] * len(new)
+                    tokens += new
         if len(times) != max_tokens:
             ending = Ending.FAILED
     except ShedError:
@@ -99,7 +101,7 @@ async def _ask(
         ending = Ending.UNFINISHED
     except (OSError, RuntimeError):
         ending = Ending.FAILED
-    return Answer(due, tuple(times), ending, time.monotonic() - start)
+    return Answer(due, tuple(times), ending, time.monotonic() - start, tuple(tokens))
 
 
 def _on_loop(moment: float) -> float:

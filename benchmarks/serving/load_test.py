@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import pytest
 
@@ -17,7 +17,7 @@ class FakeClient:
         self.running = self.most = 0
         self.asked: list[Prompt] = []
 
-    async def generate(self, prompt: Prompt, max_tokens: int) -> AsyncGenerator[int]:
+    async def generate(self, prompt: Prompt, max_tokens: int) -> AsyncGenerator[Sequence[int]]:
         self.asked.append(prompt)
         if prompt[0] == 0:
             raise ShedError
@@ -26,9 +26,9 @@ class FakeClient:
         self.running += 1
         self.most = max(self.most, self.running)
         try:
-            yield 1
+            yield [prompt[0]]
             await asyncio.sleep(3600 if prompt[0] == 2 else 0)
-            yield max_tokens - 1
+            yield [7] * (max_tokens - 1)
         finally:
             self.running -= 1
 
@@ -49,6 +49,7 @@ def test_a_closed_loop_sends_each_prompt_once_with_so_many_at_a_time() -> None:
     answers = asyncio.run(closed_loop(client, 3, [[i] for i in range(10, 20)], 4))
     assert client.most == 3
     assert sorted(map(list, client.asked)) == [[i] for i in range(10, 20)]
+    assert [a.tokens for a in answers] == [(i, 7, 7, 7) for i in range(10, 20)]  # in the order of the prompts
     assert all(len(a.token_s) == 4 and a.ending is Ending.WHOLE for a in answers)
 
 

@@ -71,16 +71,19 @@ def _closed(results: Results, streams: int) -> str:
     rows = []
     for name, rounds in turns.items():
         whole = _pooled(rounds, results.slo)
-        ratio = ""
+        ratio = same = ""
         if name != results.ours:
-            pairs = zip(turns[results.ours], rounds, strict=True)
+            pairs = list(zip(turns[results.ours], rounds, strict=True))
             ratio = spread([ours.figures.tokens_per_s / its.figures.tokens_per_s for ours, its in pairs])
+            answers = [(a, b) for ours, its in pairs for a, b in zip(ours.answers, its.answers, strict=True)]
+            same = f"{sum(a.tokens == b.tokens for a, b in answers)} of {len(answers)}"
         rate = statistics.median(t.figures.tokens_per_s for t in rounds)
-        rows.append([name, f"{rate:.1f}", ratio, *_latencies(whole)])
+        rows.append([name, f"{rate:.1f}", ratio, same, *_latencies(whole)])
     head = [
         f"{streams} stream{'s' * (streams > 1)}",
         "tokens/s",
         f"{results.ours} is times as fast",
+        "same answers",
         *_LATENCIES,
     ]
     return _table(head, rows)

@@ -29,8 +29,9 @@ def _results() -> Results:
     return results
 
 
-def test_ratios_are_of_rounds() -> None:
-    assert "1.75 (1.50 to 2.00)" in markdown(_results())
+def test_ratios_are_of_rounds_and_answers_are_compared() -> None:
+    (line,) = [x for x in markdown(_results()).splitlines() if x.startswith("| theirs")]
+    assert "1.75 (1.50 to 2.00)" in line and "4 of 4" in line
 
 
 def test_the_table_says_what_is_left_past_saturation() -> None:
