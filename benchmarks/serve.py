@@ -1,201 +1,252 @@
-"""`bazel run //benchmarks:serve`: our server beside Hugging Face's generate, SmolLM2-135M in float32, the same prompts.
+"""`bazel run //benchmarks:serve`: our server beside llama.cpp's, vLLM and Hugging Face's generate, with the same weights.
 
-Closed loop: so many streams, each of which sends its next prompt when the last one is answered. Ratios are of rounds in one
-run: each contender answers one batch of all streams, then the next contender, again and again. Nothing else may run.
+SmolLM2-135M in float32, the same prompts for all, no prompt twice. Closed loop: so many streams, each of which sends its
+next prompt when the last one is answered, in turns of one run. Open loop: requests come at random times (Poisson), the
+same times for all, at rates around and beyond what is served. Nothing else may run.
+
+A peer that is not there is left out, and what brings it is told: `bazel run //benchmarks:install_peers`.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import dataclasses
 import itertools
 import json
 import os
+import signal
 import statistics
-import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
-import grpc.aio
 
-from benchmarks.contest import spread
-from pippin.layers.named_models import find_model
+from benchmarks.serving import contenders, overhead, peers
+from benchmarks.serving.answers import Answer, Slo, figures
+from benchmarks.serving.contenders import Contender, Server, free_port
+from benchmarks.serving.load import Prompt, poisson
+from benchmarks.serving.page import page
+from benchmarks.serving.results import Results, Turn, markdown
+from pippin.core.errors import PippinError
 from pippin.serve.rpc.service import client_method
 from pippin.v1 import inference_pb2 as pb
 
-_MODEL = "smollm2-135m-instruct"
-_PEER = Path(__file__).parent / "peers" / "hf_generate.py"
-_INFERENCE = pb.DESCRIPTOR.services_by_name["Inference"].methods_by_name
+_OURS, _PLAIN = "pippin", "pippin, no drafts"
+_PEERS = {"llama": "llama.cpp", "vllm": "vLLM", "hf": "Hugging Face"}
+# The default rates, as shares of what our server answers in the closed loop with the most streams.
+_RATES = (0.6, 0.9, 1.3, 3.0)
+_LEAST_PROMPTS = 2  # of a round
+_BUSY = 0.5  # the load of a machine with other work
+_SETTLE_S = 0.5  # between turns: threads that wait for work stop to spin
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """How a contender answered one prompt of each stream."""
-
-    seconds: float
-    first_s: float  # to the first token: of the median stream
-    token_s: float  # between tokens: of the median stream
-    tokens_per_s: float
-
-
-class Ours:
-    """Our server, in a process of its own, over gRPC."""
-
-    def __init__(self, *flags: str):
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "pippin.serve.server",
-            "--model",
-            _MODEL,
-            "--port",
-            "0",
-            *flags,
-        ]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        ready = self._process.stdout.readline().split()
-        if not ready:
-            raise RuntimeError("the server did not start: see above")
-        self.address, self.ready_s = ready[1], float(ready[3])
-
-    def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Batch:
-        """Answers all prompts at once."""
-        return asyncio.run(self._answer(prompts, max_tokens))
-
-    def peak_bytes(self) -> int:
-        """The most memory that the server had."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
-
-    def stop(self) -> None:
-        """Ends it."""
-        self._process.terminate()
-        self._process.wait()
-
-    async def _answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Batch:
-        async with grpc.aio.insecure_channel(self.address) as channel:
-            start = time.monotonic()
-            times = await asyncio.gather(*(self._stream(channel, p, max_tokens) for p in prompts))
-            seconds = time.monotonic() - start
-        assert all(len(t) == max_tokens for t in times)
-        first_s = statistics.median(t[0] - start for t in times)
-        token_s = statistics.median((t[-1] - t[0]) / (len(t) - 1) for t in times)
-        return Batch(seconds, first_s, token_s, len(prompts) * max_tokens / seconds)
-
-    async def _stream(self, channel: Any, prompt: Sequence[int], max_tokens: int) -> list[float]:
-        """When each token came."""
-        request = pb.GenerateRequest(
-            token_ids=pb.TokenIds(ids=prompt), max_tokens=max_tokens, temperature=0.0, ignore_eos=True
+def main() -> int:
+    args = _parse()
+    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
+    args.out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    if (busy := os.getloadavg()[0]) > _BUSY:
+        print(
+            f"warning: this machine has other work (its load is {busy:.1f}): figures will be worth little",
+            file=sys.stderr,
         )
-        times: list[float] = []
-        async for event in client_method(channel, _INFERENCE["Generate"])(request):
-            times += [time.monotonic()] * len(event.delta.token_ids)
-        return times
-
-
-class Peer:
-    """Hugging Face's generate: a batch starts and ends as one."""
-
-    def __init__(self):
-        command = [os.environ["PIPPIN_PEERS_PYTHON"], "-I", str(_PEER), str(find_model(_MODEL))]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._peak = 0
-        self._read()
-
-    def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> Batch:
-        """Answers all prompts at once."""
-        assert self._process.stdin is not None
-        asked = {"prompts": [list(p) for p in prompts], "max_tokens": max_tokens}
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        told = self._read()
-        self._peak = told["peak_bytes"]
-        token_s = (told["seconds"] - told["first_s"]) / (max_tokens - 1)
-        return Batch(told["seconds"], told["first_s"], token_s, len(prompts) * max_tokens / told["seconds"])
-
-    def peak_bytes(self) -> int:
-        """The most memory that it had."""
-        return self._peak
-
-    def stop(self) -> None:
-        """Ends it."""
-        self._process.kill()
-        self._process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("the peer ended: see above")
-        return json.loads(line)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which ends the servers, too
+    try:
+        results = Run(args).all()
+    except PippinError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 2
+    tables = markdown(results)
+    about = (
+        f"SmolLM2-135M-Instruct in float32; {args.prompt_tokens} tokens in, {args.max_tokens} out, greedy. Goodput counts "
+        f"requests whose first token comes within {results.slo.first_s:g} s and whose others take {results.slo.per_token_s:g} s "
+        f"on average at most. Measured in {(time.monotonic() - began) / 60:.0f} min."
     )
-    parser.add_argument("--streams", nargs="*", type=int, default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--max-tokens", type=int, default=64)
-    args = parser.parse_args()
-    with contextlib.ExitStack() as stack:
-        contenders = {}
-        for name, make in (
-            ("pippin", Ours),
-            ("pippin, no drafts", lambda: Ours("--max-drafts", "0")),
-            ("Hugging Face", Peer),
-        ):
-            contenders[name] = contender = make()
-            stack.callback(contender.stop)
-        ours = contenders["pippin"]
-        print(f"ready after {ours.ready_s:.1f} s")
-        prompts = _prompts(ours.address, args.prompt_tokens)
-        for streams in args.streams:
-            results: dict[str, list[Batch]] = {name: [] for name in contenders}
-            for _ in range(args.rounds):
-                # The same prompts for all, and new ones in each round: nothing is in a cache of prefixes.
-                batch = list(itertools.islice(prompts, streams))
-                for name, contender in contenders.items():
-                    results[name].append(contender.answer(batch, args.max_tokens))
-            print(_table(streams, results), flush=True)
-        for name, contender in contenders.items():
-            print(f"{name}: {contender.peak_bytes() / 2**30:.2f} GiB at most")
+    print(f"{about}\n\n{tables}")
+    (args.out / "serve.html").write_text(page(results, tables, about))
+    print(
+        f"report    {(args.out / 'serve.html').absolute()}\nrequests  {(args.out / 'serve.jsonl').absolute()}"
+    )
+    return 0
 
 
-def _prompts(address: str, length: int) -> Iterator[list[int]]:
+class Run:
+    """One run of the benchmark."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.results = args, Results(_OURS, Slo(args.slo_first_s, args.slo_token_s))
+        self._at = peers.places()
+        self._began = time.monotonic()
+
+    def all(self) -> Results:
+        """Measures everything that was asked for."""
+        with open(self.args.out / "serve.jsonl", "w") as self._file, contextlib.ExitStack() as stack:
+            others = self._start_peers(stack)
+            with contextlib.ExitStack() as ours:
+                plain = self._start(ours, _PLAIN, self._pippin("plain", "--max-drafts", "0"))
+                metrics_port = free_port()
+                make = self._pippin("closed", "--metrics-port", str(metrics_port))
+                server = self._start(ours, _OURS, make)
+                prompts = iter(list(_prompts(server, self.args.prompt_tokens)))
+                for streams in self.args.streams:
+                    rivals = {_OURS: server, _PLAIN: plain, **others}
+                    self._closed_loop(rivals, streams, prompts, overhead.StepCounter(metrics_port, server))
+                if self.args.streams:
+                    log = self.args.out / "idle.log"
+                    self._say("the work beside the model")
+                    self.results.idle_steps = overhead.idle_steps(
+                        prompts, self.args.streams, self.args.max_tokens, log
+                    )
+                self._note_peaks({_PLAIN: plain, _OURS: server})
+            self._open_loops(stack, others, prompts)
+            self._note_peaks(others)
+        if self.args.profile:
+            self._say("where a step's time goes")
+            from benchmarks.serving.step_profile import profile
+
+            self.results.parts = profile(peers.MODEL, [s for s in self.args.streams if s <= contenders.SLOTS])
+        return self.results
+
+    def _start_peers(self, stack: contextlib.ExitStack) -> dict[str, Contender]:
+        started = {}
+        makers: dict[str, Callable[[], Contender]] = {
+            "llama": lambda: contenders.llama_server(self._at, self.args.out / "llama.log"),
+            "vllm": lambda: contenders.vllm(self._at, self.args.out / "vllm.log"),
+            "hf": contenders.HuggingFace,
+        }
+        for name in self.args.peers:
+            if remedy := peers.missing(name, self._at):
+                print(f"without {_PEERS[name]}: {remedy}", file=sys.stderr)
+                continue
+            started[_PEERS[name]] = self._start(stack, _PEERS[name], makers[name])
+        return started
+
+    def _pippin(self, log: str, *flags: str) -> Callable[[], Server]:
+        return lambda: contenders.pippin(self.args.out / f"pippin_{log}.log", free_port(), flags)
+
+    def _start[C: Contender](self, stack: contextlib.ExitStack, name: str, make: Callable[[], C]) -> C:
+        self._say(f"starting {name}")
+        contender = make()
+        stack.callback(contender.stop)
+        self.results.ready_s[name] = contender.ready_s
+        return contender
+
+    def _closed_loop(
+        self, rivals: dict[str, Any], streams: int, prompts: Iterator[Prompt], counter: overhead.StepCounter
+    ) -> None:
+        """Rounds in which each contender answers the same prompts, which are new in each round."""
+        args, steps = self.args, []
+        for number in range(args.rounds):
+            most = max(_LEAST_PROMPTS, streams * args.prompts_per_stream)
+            batch = list(itertools.islice(prompts, most))
+            for name, contender in rivals.items():
+                time.sleep(_SETTLE_S)
+                counter.since()
+                answers = contender.closed_loop(streams, batch, args.max_tokens)
+                if name == _OURS:
+                    steps.append(counter.since())
+                seconds = max(a.ended_s for a in answers)
+                self._add(Turn(name, streams, None, answers, self._figures(answers, (0, seconds), seconds)))
+                self._say(f"{streams} streams, round {number + 1} of {args.rounds}: {self._last()}")
+        count, model_s, wall_s, cpu_s = (sum(v) for v in zip(*map(dataclasses.astuple, steps), strict=True))
+        self.results.steps[streams] = overhead.Steps(int(count), model_s, wall_s, cpu_s)
+
+    def _open_loops(
+        self, stack: contextlib.ExitStack, others: dict[str, Contender], prompts: Iterator[Prompt]
+    ) -> None:
+        args, slo = self.args, self.results.slo
+        served = self._served_per_s()
+        rates = args.rates if args.rates is not None else [round(served * share, 2) for share in _RATES]
+        if not rates:
+            return
+        # What waits longer than for the first token's time cannot be answered within it.
+        waiting = args.max_waiting or max(1, int(served * slo.first_s))
+        rivals = {name: c for name, c in others.items() if c.takes_arrivals}
+        bounded = self._pippin("open", "--max-waiting", str(waiting))
+        name = f"{_OURS}, {waiting} wait at most"
+        rivals = {name: self._start(stack, name, bounded), **rivals}
+        for number, rate in enumerate(rates):
+            arrivals = poisson(rate, args.seconds, args.seed + number)
+            batch = list(itertools.islice(prompts, len(arrivals)))
+            # Whoever is not answered by then did not keep the SLO.
+            until_s = args.seconds + slo.longest_s(args.max_tokens)
+            for rival, contender in rivals.items():
+                time.sleep(_SETTLE_S)
+                answers = contender.open_loop(arrivals, batch, args.max_tokens, until_s)
+                # Not the beginning, when there is little to do yet.
+                window = (args.seconds / 4, args.seconds)
+                self._add(Turn(rival, None, rate, answers, self._figures(answers, window, args.seconds)))
+                self._say(f"{rate:.2f} requests/s for {args.seconds:.0f} s: {self._last()}")
+        self._note_peaks({name: rivals[name]})
+
+    def _served_per_s(self) -> float:
+        """Requests that our server answers in a second, by the closed loop with the most streams."""
+        if not self.results.all_streams:
+            return 1.0
+        rounds = self.results.closed(self.results.all_streams[-1])[_OURS]
+        return statistics.median(t.figures.tokens_per_s for t in rounds) / self.args.max_tokens
+
+    def _figures(self, answers: Sequence[Answer], window: tuple[float, float], seconds: float) -> Any:
+        return figures(answers, window, seconds, self.results.slo)
+
+    def _note_peaks(self, of: dict[str, Any]) -> None:
+        self.results.peak_bytes |= {name: contender.peak_bytes() for name, contender in of.items()}
+
+    def _add(self, turn: Turn) -> None:
+        for row in turn.rows(len(self.results.turns)):
+            self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self.results.turns.append(turn)
+
+    def _last(self) -> str:
+        turn = self.results.turns[-1]
+        return f"{turn.contender}, {turn.figures.tokens_per_s:.1f} tokens/s, {turn.figures.shed:.0%} shed"
+
+    def _say(self, what: str) -> None:
+        print(f"[{time.monotonic() - self._began:4.0f} s] {what}", file=sys.stderr, flush=True)
+
+
+def _prompts(server: Server, length: int) -> Iterator[Prompt]:
     """Ids of pieces of the standard library's source, each once."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    with grpc.insecure_channel(address) as channel:
-        tokenize = client_method(channel, _INFERENCE["Tokenize"])
-        for path in sorted(folder.glob("*.py")):
+    tokenize = pb.DESCRIPTOR.services_by_name["Inference"].methods_by_name["Tokenize"]
+    with grpc.insecure_channel(server.address) as channel:
+        for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
             text = path.read_text(errors="ignore")[:40_000]
-            ids = list(tokenize(pb.TokenizeRequest(text=text)).token_ids)
+            ids = list(client_method(channel, tokenize)(pb.TokenizeRequest(text=text)).token_ids)
             yield from (ids[i : i + length] for i in range(0, len(ids) - length + 1, length))
 
 
-def _table(streams: int, results: dict[str, list[Batch]]) -> str:
-    """A row a contender: medians of the rounds, and how many times as many tokens a second as the peer."""
-    peer = results["Hugging Face"]
-    lines = [f"\n{streams} streams        tokens/s   first token   between tokens   times Hugging Face"]
-    for name, batches in results.items():
-        ratios = [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in zip(batches, peer, strict=True)]
-        lines.append(
-            f"{name:18} {statistics.median(b.tokens_per_s for b in batches):9.1f} "
-            f"{1000 * statistics.median(b.first_s for b in batches):10.0f} ms "
-            f"{1000 * statistics.median(b.token_s for b in batches):13.1f} ms   {spread(ratios)}"
-        )
-    return "\n".join(lines)
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--peers", nargs="*", choices=list(_PEERS), default=list(_PEERS), help="all, unless some are named")
+    add("--streams", nargs="*", type=int, default=[1, 8, 32], help="of the closed loops (%(default)s)")
+    add("--rounds", type=int, default=3, help="of each closed loop (%(default)s)")
+    add("--prompts-per-stream", type=int, default=1, help="in a round, two at least (%(default)s)")
+    add("--rates", nargs="*", type=float, help="requests a second of the open loops; none: no open loop")
+    add("--seconds", type=float, default=20.0, help="for which they come (%(default)g)")
+    add("--max-waiting", type=int, help="our server's limit in the open loops; by the SLO unless it is given")
+    add("--slo-first-s", type=float, default=2.0, help="to the first token (%(default)g)")
+    add("--slo-token-s", type=float, default=0.3, help="a token after it, on average (%(default)g)")
+    add("--prompt-tokens", type=int, default=128)
+    add("--max-tokens", type=int, default=64)
+    add("--seed", type=int, default=0, help="of the times at which requests come")
+    add("--no-profile", dest="profile", action="store_false", help="leave out where a step's time goes")
+    add("--quick", action="store_true", help="a look in about two minutes, with 1 and 8 streams")
+    add("--out", type=Path, default=Path("benchmark_serve"))
+    args = parser.parse_args()
+    if args.quick:
+        args.streams, args.rounds, args.seconds = [1, 8], 1, 10.0
+        args.rates = [0.5, 4.0] if args.rates is None else args.rates
+    return args
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

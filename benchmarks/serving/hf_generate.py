@@ -1,11 +1,10 @@
-"""Hugging Face's generate on PyTorch: run by serve.py, on the interpreter of the peers.
+"""Hugging Face's generate on PyTorch: run by contenders.py, on the interpreter of the peers.
 
 hf_generate.py GGUF   # then a line of JSON a batch: prompts (token ids, of one length) and max_tokens; the answer is a line, too
 """
 
 import json
 import pathlib
-import resource
 import sys
 import time
 
@@ -30,7 +29,7 @@ def main(file):
         start = time.monotonic()
         times.clear()
         with torch.no_grad():
-            model.generate(
+            written = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=asked["max_tokens"],
@@ -39,9 +38,7 @@ def main(file):
                 pad_token_id=0,
                 logits_processor=[note],
             )
-        end = time.monotonic()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        answer = {"seconds": end - start, "first_s": times[0] - start, "peak_bytes": peak}
+        answer = {"token_s": [t - start for t in times], "tokens": written[:, ids.shape[1] :].tolist()}
         print(json.dumps(answer), file=out, flush=True)
 
 
