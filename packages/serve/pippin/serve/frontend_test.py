@@ -181,17 +181,6 @@ async def test_the_deadline_holds_while_a_text_is_tokenized_or_waits_for_it(late
             await collect(generation)
 
 
-async def test_a_thread_that_nobody_waits_for_still_counts():
-    model = dataclasses.replace(MODEL, encode=lambda text: time.sleep(0.3) or [1])
-    async with frontend(model=model, max_encoding=1) as (front, _):
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(front.encode("x", "text"), 0.05)
-        with pytest.raises(QueueFullError):
-            await front.encode("x", "text")
-        await asyncio.sleep(0.4)
-        assert await front.encode("x", "text") == (1,)
-
-
 class _Letters:
     """A constraint that knows how often it was copied."""
 

@@ -154,17 +154,17 @@ async def test_an_adapter_fits_the_model_that_it_was_trained_on_and_no_other(tmp
     bundle = save_bundle(tmp_path / "base", _CFG, _params())
     source = AdapterSource(tmp_path / "adapters", count=2, rank=2)
     model = open_served(bundle, _SIZES, QueueLimits(), adapters=source)
-    assert model.served.adapters is not None
+    assert model.model.adapters is not None
     with pytest.raises(PreconditionError, match="other was made for the model .* Train it on this model"):
-        await model.served.adapters.load("other")
-    good = await model.served.adapters.load("good")
+        await model.model.adapters.load("other")
+    good = await model.model.adapters.load("good")
     definition, _ = split(nnx.eval_shape(lambda: tuned.build(rngs=nnx.Rngs(0))))
     expected = generate(merge(definition, params), [5, 6, 7], max_new_tokens=8)
     assert _answer(model, [5, 6, 7], adapter=good.adapter)[1] == list(expected) != _expected((5, 6, 7))
     narrow = AdapterSource(tmp_path / "adapters", count=2, rank=1)
     model = open_served(bundle, _SIZES, QueueLimits(), adapters=narrow)
     with pytest.raises(PreconditionError, match="has rank 2, and there is room for 1.* --max-adapter-rank 2"):
-        await model.served.adapters.load("good")
+        await model.model.adapters.load("good")
 
 
 def test_the_tokenizer_of_another_model_is_refused(tmp_path):
