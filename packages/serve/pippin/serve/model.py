@@ -14,7 +14,7 @@ from pippin.core.bundle import Bundle
 from pippin.core.chat_template import ChatTemplate, load_chat_template
 from pippin.core.compilation_cache import keep_compiled_programs
 from pippin.core.errors import CheckpointError, ConfigError, DataError
-from pippin.core.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_object
+from pippin.core.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_object, tokenizer_digest
 from pippin.layers.adapter import model_signature
 from pippin.layers.causal_lm_config import CausalLMConfig, FloatType
 from pippin.layers.model_files import open_model
@@ -23,6 +23,7 @@ from pippin.serve.adapter_slots import AdapterSlots
 from pippin.serve.adapters import Adapters
 from pippin.serve.backend import Backend
 from pippin.serve.constraints import ConstraintCompiler
+from pippin.serve.engine.draft_model import DraftModel
 from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.engine.scheduler import Limits
 from pippin.serve.reload import Reader
@@ -93,20 +94,24 @@ def open_served(
     queue: QueueLimits,
     name: str | None = None,
     adapters: AdapterSource | None = None,
+    draft: Path | None = None,
 ) -> Backend:
     """The model at a path, with all its programs compiled; logs where the time went.
+
+    Args:
+        path: of the model.
+        sizes: what it may take of the machine.
+        queue: what may wait.
+        name: as clients are told; None: that of the path.
+        adapters: those that may be loaded.
+        draft: the path of a smaller model with the same tokens, which guesses what this one will say.
 
     Raises:
         PippinError: it is no model, or one that cannot be served, or it does not fit.
     """
     clock = _Clock()
     keep_compiled_programs(least_s=_LEAST_COMPILE_S)
-    bundle = open_model(path)
-    cfg = bundle.component
-    if not isinstance(cfg, CausalLMConfig):
-        raise CheckpointError(
-            f"{path} holds a {type(cfg).__name__}, which is no language model. Give another."
-        )
+    bundle, cfg = _open(path)
     tokenizer = None if bundle.tokenizer is None else load_tokenizer(bundle.tokenizer)
     stored, params = cfg, bundle.params()
     signature = "" if adapters is None else model_signature(params)
@@ -114,12 +119,18 @@ def open_served(
     cfg, cast = _in_served_dtype(cfg)
     params = cast(params)
     clock.log("weights and tokenizer")
-    limits = _limits(cfg, _context(bundle, sizes), sizes)
+    smaller = None if draft is None else _open_draft(draft, bundle, cfg)
+    limits = _limits([cfg] if smaller is None else [cfg, smaller[0]], _context(bundle, sizes), sizes)
     room = None if adapters is None else AdapterRoom(adapters.count, adapters.rank)
     runner = ModelRunner(cfg, params, limits, room)
     del params  # the runner has its own, in another order
     clock.log(f"cache of {limits.num_pages * limits.page_size} tokens")
     runner.warm_up(_log_program)
+    draft_model = None
+    if smaller is not None:
+        draft_runner = ModelRunner(*smaller, limits)
+        draft_runner.warm_up()
+        draft_model = DraftModel(draft_runner)
     clock.log("all programs")
     served = _served(name or path.absolute().name, cfg, tokenizer, bundle, limits)
     slots = None
@@ -129,7 +140,33 @@ def open_served(
     token_bytes = tokenizer.token_bytes if tokenizer else _no_bytes
     _log.info("%s: %d tokens of context, %d at a time", served.name, limits.max_context, limits.max_requests)
     served = dataclasses.replace(served, read_anew=Reader(path, bundle, runner, cast, slots))
-    return Backend(Engine(runner, limits, token_bytes, queue=queue), served)
+    engine = Engine(runner, limits, token_bytes, draft_model=draft_model, queue=queue)
+    return Backend(engine, served)
+
+
+def _open(path: Path) -> tuple[Bundle, CausalLMConfig]:
+    """The language model at a path."""
+    bundle = open_model(path)
+    if not isinstance(bundle.component, CausalLMConfig):
+        raise CheckpointError(
+            f"{path} holds a {type(bundle.component).__name__}, which is no language model. Give another."
+        )
+    return bundle, bundle.component
+
+
+def _open_draft(
+    path: Path, larger: Bundle, larger_cfg: CausalLMConfig
+) -> tuple[CausalLMConfig, dict[str, Any]]:
+    """A model that guesses what a larger one will say, and its parameters."""
+    bundle, cfg = _open(path)
+    digests = [tokenizer_digest(b.tokenizer) if b.tokenizer else None for b in (bundle, larger)]
+    if digests[0] != digests[1] or cfg.vocab_size != larger_cfg.vocab_size:
+        raise CheckpointError(
+            f"--draft-model {path} has other tokens than {larger.directory}, so its guesses would be of other text. "
+            "Give a model with the same tokenizer and vocab_size."
+        )
+    cfg, cast = _in_served_dtype(cfg)
+    return cfg, cast(bundle.params())
 
 
 def _served(
@@ -174,14 +211,15 @@ def _context(bundle: Bundle, sizes: Sizes) -> int:
     return longest if isinstance(longest, int) and longest > 0 else _CONTEXT
 
 
-def _limits(cfg: CausalLMConfig, context: int, sizes: Sizes) -> Limits:
+def _limits(cfgs: Sequence[CausalLMConfig], context: int, sizes: Sizes) -> Limits:
+    """`cfgs`: of the models whose keys and values are kept."""
     limits = Limits(
         num_pages=1,
         max_requests=sizes.max_requests,
         chunk_tokens=sizes.chunk_tokens,
         max_drafts=sizes.max_drafts,
     )
-    of_page = page_bytes(cfg, limits.page_size)
+    of_page = sum(page_bytes(cfg, limits.page_size) for cfg in cfgs)
     num_pages = sizes.cache_bytes // of_page if of_page else -(-context // limits.page_size)
     if num_pages * limits.page_size < min(context, limits.chunk_tokens):
         raise ConfigError(

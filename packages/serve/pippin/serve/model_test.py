@@ -138,6 +138,17 @@ def test_a_model_without_a_tokenizer_takes_and_gives_ids(tmp_path):
     assert _answer(backend, [5, 6, 7]) == ("", _expected((5, 6, 7)))
 
 
+def test_a_draft_model_guesses_and_has_to_have_the_same_tokens(tmp_path, bundle):
+    model = open_served(bundle, _SIZES, QueueLimits(), draft=bundle)
+    prompt = model.model.encode("true é")
+    assert _answer(model, prompt)[1] == _expected(tuple(prompt))
+    load = model.engine.load()
+    assert load.right_drafts == load.drafts > 0
+    other = save_bundle(tmp_path / "other", _CFG, _params())
+    with pytest.raises(CheckpointError, match="other tokens .* the same tokenizer and vocab_size"):
+        open_served(bundle, _SIZES, QueueLimits(), draft=other)
+
+
 async def test_an_adapter_fits_the_model_that_it_was_trained_on_and_no_other(tmp_path):
     tuned = lora(rank=2)(_CFG)
     infos = flatten_params(parameter_infos(nnx.eval_shape(lambda: tuned.build(rngs=nnx.Rngs(0)))))

@@ -37,6 +37,7 @@ class Options:
     max_requests: int = 32
     chunk_tokens: int = 128
     max_drafts: int = 4
+    draft_model: str | None = None
     adapters: pathlib.Path | None = None
     load_adapters: tuple[str, ...] = ()
     max_adapters: int = 8
@@ -137,6 +138,11 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         help="guesses of an answer's next tokens in a step; they change no answer (%(default)s)",
     )
     add(
+        "--draft-model",
+        metavar="DIR",
+        help="a smaller model with the same tokens, which guesses what is said next; without it, guesses come from the text",
+    )
+    add(
         "--adapters",
         type=pathlib.Path,
         metavar="DIR",
@@ -228,6 +234,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         max_requests=given.max_requests,
         chunk_tokens=given.chunk_tokens,
         max_drafts=given.max_drafts,
+        draft_model=given.draft_model,
         adapters=given.adapters,
         load_adapters=tuple(given.load_adapter),
         max_adapters=given.max_adapters,

@@ -21,6 +21,7 @@ from pippin.layers.linear_multi_lora import adapter_shapes
 from pippin.layers.models.afm_on_device_2025 import afm_on_device_2025
 from pippin.layers.models.llama import smollm2_135m
 from pippin.layers.unrolled import unrolled
+from pippin.serve.engine.draft_model import DraftModel
 from pippin.serve.engine.engine import Engine
 from pippin.serve.engine.request import Adapter, FinishReason, Request, Sampling
 from pippin.serve.engine.scheduler import Limits, Row, Scheduler
@@ -53,6 +54,7 @@ _SHARED = afm_on_device_2025(
     num_kv_heads=2,
     hidden_dim=48,
 ).set(activation_dtype=FloatType.FLOAT32)
+_SMALLER = override(_TINY, {"decoder.num_layers": 1})
 _LIMITS = Limits(num_pages=256, page_size=4, longest=96, max_requests=32, chunk_tokens=128, row_tokens=16)
 
 
@@ -82,11 +84,12 @@ def _request(i, *, max_tokens=12, length=None, **sampling):
     return Request(request_id=str(i), prompt=prompt, max_tokens=max_tokens, sampling=given, text=False)
 
 
-def _serve(cfg, requests, limits=_LIMITS, runner=None):
+def _serve(cfg, requests, limits=_LIMITS, runner=None, draft=None):
     """The tokens of each request, which are served together."""
     runner = runner or _runner(cfg, limits)
     runner.reset()
-    engine = Engine(runner, limits, lambda token: b"")
+    draft_model = None if draft is None else DraftModel(draft)
+    engine = Engine(runner, limits, lambda token: b"", draft_model=draft_model)
     outputs: queue.Queue = queue.Queue()
     for request in requests:
         engine.submit(request, outputs.put)
@@ -98,7 +101,11 @@ def _serve(cfg, requests, limits=_LIMITS, runner=None):
         missing -= output.finish_reason is not None
         assert output.finish_reason in (None, FinishReason.LENGTH)
     engine.stop(0)
-    assert engine.load().used_pages == 0
+    load = engine.load()
+    assert load.used_pages == 0
+    assert draft is None or 0 < load.right_drafts
+    # With the same weights and the same random numbers, a guess is wrong only by the last bits of logits.
+    assert draft is None or draft.cfg is not cfg or load.right_drafts > 0.9 * load.drafts
     return found
 
 
@@ -201,6 +208,22 @@ def test_adapters_of_other_sizes_and_for_other_maps_are_refused():
         _roomy().put_adapter(1, {path: wrong})
     with pytest.raises(CheckpointError, match="no room for one"):
         _roomy().put_adapter(1, {"head": wrong})
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9}])
+@pytest.mark.parametrize("smaller", [_TINY, _SMALLER], ids=["the same", "another"])
+def test_a_draft_model_changes_no_answer(sampling, smaller):
+    draft = _Draft(smaller)
+    requests = [_request(i, max_tokens=24, logprobs=1, **sampling) for i in range(5)]
+    assert _serve(_TINY, requests, draft=draft) == _serve(_TINY, requests)
+
+
+class _Draft(ModelRunner):
+    """A runner that remembers its model."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg, _model(cfg)[1], _LIMITS)
+        self.cfg = cfg
 
 
 def test_logits_of_wide_layers_have_the_same_bits_in_every_batch():

@@ -268,9 +268,10 @@ def open_backend(options: Options) -> Backend:
     if options.adapters is not None:
         adapters = AdapterSource(options.adapters, options.max_adapters, options.max_adapter_rank)
     path = find(options.model)
+    draft = None if options.draft_model is None else find(options.draft_model)
     # Clients are told a name, and no path of this machine.
     known_name = options.model if options.model is not None and Path(options.model) != path else None
-    return open_served(path, sizes, queue, known_name, adapters)
+    return open_served(path, sizes, queue, known_name, adapters, draft)
 
 
 def main() -> int:

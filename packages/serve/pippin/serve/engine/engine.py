@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pippin.serve.engine.draft_model import DraftModel
 from pippin.serve.engine.request import FinishReason, Observer, Output, Request, Sampled, Sums, Timing, Usage
 from pippin.serve.engine.scheduler import Generation, Limits, Row, Scheduler
 from pippin.serve.engine.suspects import Suspects
@@ -103,13 +104,14 @@ class Engine:
         limits: Limits,
         token_bytes: Callable[[int], bytes],
         *,
+        draft_model: DraftModel | None = None,
         queue: QueueLimits = QueueLimits(),
         observer: Observer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.limits, self.queue, self.observer, self.clock = limits, queue, observer, clock
-        self.token_bytes, self._runner = token_bytes, runner
-        self._scheduler = Scheduler(limits)
+        self.token_bytes, self._runner, self._draft_model = token_bytes, runner, draft_model
+        self._scheduler = Scheduler(limits, draft_model is not None)
         self._streams: dict[str, _Stream] = {}  # request_id -> stream
         self._outbox: list[
             Callable[[], None]
@@ -274,7 +276,7 @@ class Engine:
         if changes and not self._stopped:
             self._change()
         elif rows and not self._stopped:
-            self._step(rows)
+            self._step(rows if self._draft_model is None else self._draft_model.draft(rows))
 
     def _change(self) -> None:
         """Makes the change that waits; nothing is being served."""
@@ -307,7 +309,7 @@ class Engine:
                 )
             self._streams.clear()
             self._suspects.clear()
-            self._scheduler = Scheduler(self.limits)
+            self._scheduler = Scheduler(self.limits, self._draft_model is not None)
             self._num_failures += 1
             self._lock.notify_all()
         self._deliver()

@@ -71,6 +71,7 @@ class Row:
     num_prompt: int  # of these are the prompt
     constraint: Constraint | None
     drafts: Sequence[int] = ()  # guesses of what follows the history
+    draft_room: int = 0  # so many guesses cost nothing, for who makes them of rows
     adapter_slot: int = 0  # 0: the base model
     sums: bool = False  # whether the sum of the hidden states is wanted; then no token is
 
@@ -78,6 +79,10 @@ class Row:
     def is_prompt(self) -> bool:
         """Whether the tokens are of a prompt. Those of an answer are always computed apart from these."""
         return self.position < self.num_prompt
+
+    def with_drafts(self, drafts: Sequence[int]) -> "Row":
+        """The row with guesses behind its tokens."""
+        return dataclasses.replace(self, tokens=[*self.tokens, *drafts], drafts=drafts) if drafts else self
 
     def after(self, num_drafts: int) -> "Row":
         """What is asked for behind some of the drafts, taken for right."""
@@ -129,8 +134,9 @@ class Scheduler:
     a more urgent request of its own tenant.
     """
 
-    def __init__(self, limits: Limits):
-        self.limits = limits
+    def __init__(self, limits: Limits, drafts_by_model: bool = False):
+        """`drafts_by_model`: rows say how many guesses they have room for, instead of having some from the text."""
+        self.limits, self.drafts_by_model = limits, drafts_by_model
         self.pool = PagePool(limits.num_pages)
         self.waiting: WaitingQueue[Generation] = WaitingQueue()
         self.running: dict[str, Generation] = {}  # request_id -> generation
@@ -251,21 +257,30 @@ class Scheduler:
         """
         count = sum(len(row.tokens) for row in rows if not row.is_prompt)
         free = next((n for n in self.limits.answer_rows if n >= count), count) - count
+        num_left = sum(not row.is_prompt for row in rows)
         drafted = []
         for row in rows:
-            generation = self.running[row.request_id]
-            if row.sampling is None or row.is_prompt or row.constraint is not None:
-                most = 0
-            else:
-                room = len(generation.pages) * self.limits.page_size - row.position - len(row.tokens)
-                left = generation.request.max_tokens - generation.num_output - 1
-                most = min(free, self.limits.max_drafts, left, room)
-            drafts = generation.drafter.guess(generation.tokens, most) if most > 0 else []
-            free -= len(drafts)
-            drafted.append(
-                dataclasses.replace(row, tokens=[*row.tokens, *drafts], drafts=drafts) if drafts else row
-            )
+            most = min(free, self._draft_room(row))
+            if most > 0 and self.drafts_by_model:
+                most = min(most, -(-free // num_left))  # a model has guesses for all
+                free -= most
+                row = dataclasses.replace(row, draft_room=most)
+            elif most > 0:
+                generation = self.running[row.request_id]
+                row = row.with_drafts(generation.drafter.guess(generation.tokens, most))
+                free -= len(row.drafts)
+            num_left -= not row.is_prompt
+            drafted.append(row)
         return drafted
+
+    def _draft_room(self, row: Row) -> int:
+        """How many drafts a row could have, by its request and its pages."""
+        if row.sampling is None or row.is_prompt or row.constraint is not None:
+            return 0
+        generation = self.running[row.request_id]
+        held = len(generation.pages) * self.limits.page_size - row.position - len(row.tokens)
+        left = generation.request.max_tokens - generation.num_output - 1
+        return min(self.limits.max_drafts, left, held)
 
     def _reserve(self, generation: Generation, num_tokens: int) -> bool:
         """Gives a text the pages for so many tokens; False where it had to give up its turn."""

@@ -1,0 +1,107 @@
+"""Guesses of what comes next in texts, from a smaller model."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from pippin.serve.engine.request import Sampled, Sampling, Sums
+from pippin.serve.engine.scheduler import Row
+
+_log = logging.getLogger(__name__)
+
+_MANY_FAILURES = 3
+
+
+class DraftRunner(Protocol):
+    """Who computes the smaller model: see `pippin.serve.engine.engine.Runner`."""
+
+    def run(self, rows: Sequence[Row]) -> Sequence[Sequence[Sampled] | Sums]:
+        """Computes the keys and values of all rows, and what follows them."""
+        ...
+
+    def reset(self) -> None:
+        """Makes the cache anew."""
+        ...
+
+
+class DraftModel:
+    """Reads what the larger model reads, and guesses what it will choose.
+
+    It keeps its own keys and values in pages of the same numbers as the larger model's, and chooses tokens by the same
+    rules, with the same random numbers: where the two models agree on the odds, they choose the same token. A guess
+    that is wrong, or whatever is wrong with these pages, costs time and changes no answer.
+
+    Source: Leviathan et al. 2023, arXiv:2211.17192, section 2.3 (drafts of a smaller model); the shared random numbers are
+    the coupling of Daliri et al. 2024, arXiv:2408.07978, section 3.
+    """
+
+    def __init__(self, runner: DraftRunner):
+        self._runner = runner
+        self._known: dict[str, int] = {}  # request -> its tokens that were read, of those in the last step
+        self._num_failures = 0
+
+    def draft(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows of a step with guesses, as many at most as each has room for. Prompts are read."""
+        if self._num_failures >= _MANY_FAILURES:
+            return rows
+        try:
+            drafts = self._drafts(rows)
+        except Exception:  # noqa: BLE001  a guess is not worth a request
+            self._failed()
+            return rows
+        return [row.with_drafts(drafts.get(row.request_id, ())) for row in rows]
+
+    def _failed(self) -> None:
+        self._num_failures += 1
+        _log.exception(
+            "the draft model failed: %s",
+            "a step goes without it" if self._num_failures < _MANY_FAILURES else "it is asked no more",
+        )
+        try:
+            self._runner.reset()
+        except Exception:  # noqa: BLE001
+            self._num_failures = _MANY_FAILURES
+            _log.exception("the draft model's cache cannot be made anew: it is asked no more")
+
+    def _drafts(self, rows: Sequence[Row]) -> dict[str, list[int]]:
+        """Guesses for each request that has room for any."""
+        asked = [row for row in rows if row.is_prompt or row.draft_room > 0]
+        reading = [self._unread(row) for row in asked]
+        drafts: dict[str, list[int]] = {}
+        room = {row.request_id: row.draft_room for row in asked}
+        while reading:
+            chosen = self._runner.run(reading)
+            following = []
+            for row, of_row in zip(reading, chosen, strict=True):
+                self._known[row.request_id] = row.position + len(row.tokens)
+                if isinstance(of_row, Sums) or not of_row or of_row[-1].token < 0:
+                    continue
+                token = of_row[-1].token
+                drafts.setdefault(row.request_id, []).append(token)
+                if len(drafts[row.request_id]) < room[row.request_id]:
+                    position = row.position + len(row.tokens)
+                    history = [*row.history, token]
+                    following.append(
+                        dataclasses.replace(row, tokens=[token], position=position, history=history)
+                    )
+            reading = following
+        ids = {row.request_id for row in rows}
+        self._known = {request_id: n for request_id, n in self._known.items() if request_id in ids}
+        return drafts
+
+    def _unread(self, row: Row) -> Row:
+        """What the model has to read before it can guess; of a prompt, what the larger one reads."""
+        if row.is_prompt:
+            return dataclasses.replace(row, sampling=None, sums=False, adapter_slot=0, constraint=None)
+        stop = row.position + len(row.tokens)
+        # What it has not read because no guesses were wanted; not what guesses were wrong about.
+        known = max(row.num_prompt, min(self._known.get(row.request_id, row.position), row.position))
+        return dataclasses.replace(
+            row, tokens=row.history[known:stop], position=known, adapter_slot=0, sampling=_plain(row)
+        )
+
+
+def _plain(row: Row) -> Sampling | None:
+    """How the row's tokens are chosen, without what only its caller wants to know."""
+    return None if row.sampling is None else dataclasses.replace(row.sampling, logprobs=None)

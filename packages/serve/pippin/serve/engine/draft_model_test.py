@@ -1,0 +1,106 @@
+"""A draft model: its guesses save steps, and change no answer, whatever it guesses and however it fails."""
+
+import queue
+
+import pytest
+
+from pippin.serve.engine.draft_model import DraftModel
+from pippin.serve.engine.engine import Engine
+from pippin.serve.engine.request import Request, Sampling
+from pippin.serve.engine.scheduler import Limits
+from pippin.serve.engine.testing import FakeRunner, answer, token_bytes
+
+_LIMITS = Limits(num_pages=64, page_size=4, max_requests=8, chunk_tokens=32, row_tokens=4)
+
+
+class _Contrary(FakeRunner):
+    """Agrees with the larger model about every other token."""
+
+    def _sample(self, row):
+        sampled = super()._sample(row)
+        return [type(one)(one.token + 1 if len(row.history) % 2 else one.token) for one in sampled]
+
+
+def _requests(count: int = 6, max_tokens: int = 20) -> list[Request]:
+    return [
+        Request(
+            request_id=str(i),
+            prompt=tuple(range(97, 100 + 5 * i)),
+            max_tokens=max_tokens,
+            sampling=Sampling(seed=i, temperature=1.0, logprobs=None),
+            text=False,
+        )
+        for i in range(count)
+    ]
+
+
+def _serve(requests, draft, limits=_LIMITS):
+    """The tokens of each request, how many steps there were, and the engine's load at the end."""
+    runner = FakeRunner(limits)
+    engine = Engine(runner, limits, token_bytes, draft_model=None if draft is None else DraftModel(draft))
+    outputs: queue.Queue = queue.Queue()
+    for request in requests:
+        engine.submit(request, outputs.put)
+    engine.start()
+    found, missing = {r.request_id: [] for r in requests}, len(requests)
+    while missing:
+        output = outputs.get(timeout=30)
+        found[output.request_id] += [one.token for one in output.tokens]
+        missing -= output.finish_reason is not None
+    engine.stop(0)
+    return found, len(runner.steps), engine.load()
+
+
+def _expected(requests):
+    return {r.request_id: answer(r.prompt, r.max_tokens, r.sampling.seed) for r in requests}
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_a_model_that_agrees_saves_steps(count):
+    requests, draft = _requests(count), FakeRunner(_LIMITS)
+    found, steps, load = _serve(requests, draft)
+    plain, plain_steps, _ = _serve(requests, None)
+    assert found == plain == _expected(requests)
+    assert steps < plain_steps
+    assert load.right_drafts == load.drafts > 0
+    assert load.used_pages == 0
+
+
+@pytest.mark.parametrize("pages", [64, 24])
+def test_a_model_that_is_often_wrong_changes_no_answer(pages):
+    limits = Limits(num_pages=pages, page_size=4, max_requests=8, chunk_tokens=32, row_tokens=4, longest=60)
+    requests = _requests()
+    found, _, load = _serve(requests, _Contrary(limits), limits)
+    assert found == _expected(requests)
+    assert 0 < load.right_drafts < load.drafts
+    assert (load.preemptions > 0) == (pages == 24)
+
+
+def test_a_model_that_fails_is_asked_no_more(caplog):
+    requests, draft = _requests(), FakeRunner(_LIMITS)
+    draft.broken = {"0"}
+    found, _, load = _serve(requests, draft)
+    assert found == _expected(requests)
+    assert caplog.text.count("the draft model failed") == 3 and "asked no more" in caplog.text
+    assert load.used_pages == 0
+
+
+def test_a_model_whose_cache_is_gone_is_asked_no_more(caplog):
+    class Gone(FakeRunner):
+        gone = False
+
+        def reset(self):
+            if self.gone:
+                raise MemoryError
+            super().reset()
+
+    requests, draft = _requests(), Gone(_LIMITS)
+    draft.broken, draft.gone = {"0"}, True
+    assert _serve(requests, draft)[0] == _expected(requests)
+    assert "cannot be made anew" in caplog.text
+
+
+def test_no_draft_goes_beyond_what_was_asked_for():
+    requests = _requests(2, max_tokens=3)
+    found, _, _ = _serve(requests, FakeRunner(_LIMITS))
+    assert found == _expected(requests)
