@@ -1,6 +1,7 @@
 """A cache of keys and values in pages: rows of any length share one array, and no memory is kept for what may come."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,3 +81,16 @@ def assign_pages(cache: Cache, tables: Int[Array, "B P"]) -> Cache:
         return isinstance(node, PagedState)
 
     return jax.tree.map(lambda node: assign(node) if is_state(node) else node, cache, is_leaf=is_state)
+
+
+def map_cache(place: Callable[[Any, tuple[str | None, ...]], Any], cache: Cache) -> Any:
+    """What `place` makes of each array of a cache and of the logical axes of its dims, in a tree of the cache's form."""
+
+    def of_node(node: Any) -> Any:
+        if not isinstance(node, PagedState):
+            return place(node, (None,) * node.ndim)
+        lead = (None,) * (node.pages.ndim - 4)  # of stacked layers
+        pages = place(node.pages, (*lead, None, None, "kv_heads", None))
+        return PagedState(pages, place(node.tables, (None,) * node.tables.ndim))
+
+    return jax.tree.map(of_node, cache, is_leaf=lambda node: isinstance(node, PagedState))

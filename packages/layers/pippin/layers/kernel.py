@@ -1,5 +1,6 @@
 """Attention kernels: softmax(q k / sqrt(H)) v under a mask. All compute the same."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -66,6 +67,14 @@ def attention_specs() -> tuple[PartitionSpec, PartitionSpec, PartitionSpec, Part
         shard_spec(("batch", "sequence")),
         shard_spec(("heads",)),
     )
+
+
+def device_of_the_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Tells Pallas what device it compiles for, where that is one that is not here."""
+    active = mesh_in_use()
+    if active is None or jax.sharding.get_abstract_mesh().manual_axes:
+        return contextlib.nullcontext()  # the device of this process; or `on_shards` told it
+    return jax.sharding.use_abstract_mesh(active[1].abstract_mesh)
 
 
 def _platform() -> str:

@@ -21,6 +21,8 @@ from pippin.layers.named_models import find_model
 from pippin.serve.constraints import ConstraintCompiler
 from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.engine.scheduler import Limits
+from pippin.serve.form import Form
+from pippin.serve.placement import tensor_parallel, with_key_heads
 from pippin.serve.runner import ModelRunner, page_bytes
 from pippin.serve.served_model import Message, ServedModel
 
@@ -44,6 +46,7 @@ class Sizes:
     max_requests: int = 32  # served at a time
     chunk_tokens: int = 128  # of prompts in a step
     max_drafts: int = 4  # guesses of an answer's next tokens in a step
+    tensor_parallel: int = 1  # devices that share the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +95,9 @@ def open_served(path: Path, sizes: Sizes, queue: QueueLimits, name: str | None =
     tokenizer = None if bundle.tokenizer is None else load_tokenizer(bundle.tokenizer)
     cfg, params = _in_served_dtype(cfg, bundle.params())
     clock.log("weights and tokenizer")
-    limits = _limits(cfg, _context(bundle, sizes), sizes)
-    runner = ModelRunner(cfg, params, limits)
+    placement = tensor_parallel(sizes.tensor_parallel, cfg) if sizes.tensor_parallel > 1 else None
+    limits = _limits(with_key_heads(cfg, sizes.tensor_parallel), _context(bundle, sizes), sizes)
+    runner = ModelRunner(cfg, params, limits, Form(placement))
     clock.log(f"cache of {limits.num_pages * limits.page_size} tokens")
     runner.warm_up(lambda shape, s: _log.info("programs for %d rows of %d tokens: %.1f s", *shape, s))
     clock.log("all programs")

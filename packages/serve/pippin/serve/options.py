@@ -34,6 +34,7 @@ class Options:
     max_requests: int = 32
     chunk_tokens: int = 128
     max_drafts: int = 4
+    tensor_parallel: int = 1
     max_waiting: int = 256
     max_waiting_tokens: int = 131_072
     stall_s: float = 60.0
@@ -123,6 +124,13 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         help="guesses of an answer's next tokens in a step; they change no answer (%(default)s)",
     )
     add(
+        "--tensor-parallel",
+        type=_positive,
+        metavar="N",
+        default=defaults.tensor_parallel,
+        help="devices that share the model, each with its part of every layer (%(default)s)",
+    )
+    add(
         "--max-waiting", type=_positive, default=defaults.max_waiting, help="requests that wait (%(default)s)"
     )
     add(
@@ -189,6 +197,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         max_requests=given.max_requests,
         chunk_tokens=given.chunk_tokens,
         max_drafts=given.max_drafts,
+        tensor_parallel=given.tensor_parallel,
         max_waiting=given.max_waiting,
         max_waiting_tokens=given.max_waiting_tokens,
         stall_s=given.stall,

@@ -1,6 +1,7 @@
 """The runner: computes the tokens of a step with a model, in programs of a few fixed shapes."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,19 +16,22 @@ from jaxtyping import Array, Float, Int
 
 from pippin.core.config import Config
 from pippin.core.config_tree import transform
-from pippin.core.module import Params, merge, split
-from pippin.layers.cache_paged import assign_pages
+from pippin.core.module import Params, merge, parameter_infos, split
+from pippin.layers.cache_paged import assign_pages, map_cache
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.context import Cache
 from pippin.layers.kernel_config import SelectKernelConfig
 from pippin.layers.kernel_paged_config import paged
-from pippin.layers.unrolled import unrolled, untied
 from pippin.serve.engine.request import Sampled
 from pippin.serve.engine.scheduler import Limits, Row, doublings
+from pippin.serve.form import Form
+from pippin.serve.placement import Placement
 from pippin.serve.sampler import Sampler, compiler_options
 
 # The least tokens of a program for prompts: from 36 on, products on a CPU sum in one order (see `Limits.answer_rows`).
 _LEAST_CHUNK_TOKENS = 64
+
+_PLAIN = Form()
 
 _COMPILING_THREADS = 2  # the compiler itself has more
 
@@ -48,6 +52,15 @@ class _Piece:
         return self.row.after(num_drafts) if num_drafts > 0 else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A program, and the shapes of what it is given."""
+
+    program: jax.stages.Lowered
+    params: Params
+    cache: Cache
+
+
 class ModelRunner:
     """Computes steps with a model, its cache in pages, and a sampler.
 
@@ -55,18 +68,30 @@ class ModelRunner:
     of operations, whatever rows there are beside: an answer is the same, bit by bit, alone or in a full batch.
     """
 
-    def __init__(self, cfg: CausalLMConfig, params: Mapping[str, Any], limits: Limits):
-        """Takes a model's config and its parameters."""
-        cfg, params = untied(*unrolled(cfg, params))
+    def __init__(
+        self,
+        cfg: CausalLMConfig,
+        params: Mapping[str, Any],
+        limits: Limits,
+        form: Form = _PLAIN,
+    ):
+        """Takes a trained model's config and its parameters, the sizes, and the form to serve it in.
+
+        Raises:
+            ShardingError: so many devices cannot share the model.
+        """
+        cfg, params = form.of(cfg, params)
         cfg = _in_pages(cfg, limits.page_size, limits.num_pages)
         self.limits = limits
-        self._table_size = -(-limits.max_context // limits.page_size)
-        definition, _ = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
-        self._params: Params = jax.tree.map(jnp.asarray, params)
-        self._empty = jax.jit(partial(_empty_cache, definition, self._table_size * limits.page_size))
-        self._step = jax.jit(
-            partial(_step, definition), donate_argnums=1, compiler_options=compiler_options()
+        self._table_size = _table_size(limits)
+        model = nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0)))
+        definition, _ = split(model)
+        self._params: Params = (
+            jax.tree.map(jnp.asarray, params)
+            if form.placement is None
+            else form.placement.place(parameter_infos(model), params)
         )
+        self._empty, self._step = _functions(definition, self._params, limits, form.placement)
         self._programs: dict[tuple[int, int], jax.stages.Compiled] = {}  # shape -> program, once warmed up
         self._sampler = Sampler(cfg.vocab_size)
         self._cache: Cache = self._empty(self._params)
@@ -107,7 +132,9 @@ class ModelRunner:
             return time.monotonic() - start, program
 
         # Not the arrays, which the first program to be run takes over.
-        cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self._cache)
+        cache = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self._cache
+        )
         # While one is traced, which takes Python's lock, others are compiled or read.
         with concurrent.futures.ThreadPoolExecutor(_COMPILING_THREADS) as threads:
             for shape, (seconds, program) in zip(
@@ -139,9 +166,9 @@ class ModelRunner:
 
     def _compute(self, pieces: Sequence[_Piece], shape: tuple[int, int]) -> Float[Array, "R V"]:
         """The logits after the last token of each piece."""
-        program = self._programs.get(shape, self._step)
+        program: Any = self._programs.get(shape, self._step)
         logits, self._cache = program(self._params, self._cache, *self._inputs(pieces, shape))
-        return logits
+        return logits.addressable_data(0)  # that of the first device, where several have the same
 
     def _inputs(self, pieces: Sequence[_Piece], shape: tuple[int, int]) -> tuple[np.ndarray, ...]:
         """The tokens, positions, tables of pages and places to read of a program."""
@@ -177,12 +204,76 @@ def page_bytes(cfg: CausalLMConfig, page_size: int) -> int:
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache) if a.dtype != jnp.int32)
 
 
+def lower_step(cfg: CausalLMConfig, limits: Limits, form: Form, shape: tuple[int, int]) -> Lowered:
+    """The program of a step for devices that need not be here.
+
+    Args:
+        cfg: of a trained model.
+        limits: the sizes.
+        form: of the model; it has a placement.
+        shape: how many rows there are, and tokens a row.
+
+    Raises:
+        ShardingError: so many devices cannot share the model.
+    """
+    placement = form.placement
+    assert placement is not None
+    dtype, forms = jnp.dtype(cfg.activation_dtype.value), []
+    _, trained = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
+
+    def formed(params: Params) -> Params:
+        changed, params = form.of(cfg, jax.tree.map(lambda a: a.astype(dtype), params))
+        forms.append(_in_pages(changed, limits.page_size, limits.num_pages))
+        return params
+
+    params = jax.eval_shape(formed, trained)
+    model = nnx.eval_shape(lambda: forms[0].build(rngs=nnx.Rngs(0)))
+    definition, _ = split(model)
+    params = jax.tree.map(lambda info, a: _shape_of(placement, a, info.axes), parameter_infos(model), params)
+    empty, step = _functions(definition, params, limits, placement)
+    cache = map_cache(partial(_shape_of, placement), jax.eval_shape(empty, params))
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32)
+    tables = jax.ShapeDtypeStruct((shape[0], _table_size(limits)), jnp.int32)
+    read = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    return Lowered(step.lower(params, cache, rows, rows, tables, read), params, cache)
+
+
+def _functions(
+    definition: nnx.GraphDef, params: Params, limits: Limits, placement: Placement | None
+) -> tuple[Any, Any]:
+    """What makes an empty cache of a model with these parameters, and what computes a step; see `_step`.
+
+    The logits of a step lie on every device, as does all that it is given but parameters and cache.
+    """
+    empty = partial(_empty_cache, definition, _table_size(limits) * limits.page_size)
+    step = partial(_step, definition, placement)
+    if placement is None:
+        return jax.jit(empty), jax.jit(step, donate_argnums=1, compiler_options=compiler_options())
+    of_cache = map_cache(placement.sharding, jax.eval_shape(empty, params))
+    options = compiler_options(placement.platform)
+    to = placement.everywhere(), of_cache
+    return (
+        jax.jit(empty, out_shardings=of_cache),
+        jax.jit(step, donate_argnums=1, out_shardings=to, compiler_options=options),
+    )
+
+
+def _shape_of(placement: Placement, array: Any, axes: Sequence[str | None]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placement.sharding(array, axes))
+
+
+def _table_size(limits: Limits) -> int:
+    """Pages of the longest text."""
+    return -(-limits.max_context // limits.page_size)
+
+
 def _empty_cache(definition: nnx.GraphDef, max_len: int, params: Params) -> Cache:
     return merge(definition, params).init_cache(1, max_len)
 
 
 def _step(
     definition: nnx.GraphDef,
+    placement: Placement | None,
     params: Params,
     cache: Cache,
     tokens: Int[Array, "R T"],
@@ -191,5 +282,6 @@ def _step(
     read: Int[Array, " R"],
 ) -> tuple[Float[Array, "R V"], Cache]:
     model = merge(definition, params)
-    logits, cache = model.extend_at(tokens, positions, assign_pages(cache, tables), read)
+    with contextlib.nullcontext() if placement is None else placement.block():
+        logits, cache = model.extend_at(tokens, positions, assign_pages(cache, tables), read)
     return logits, assign_pages(cache, tables[:1])  # as it came in, so that its memory is used again

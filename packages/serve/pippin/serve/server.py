@@ -225,6 +225,7 @@ def open_backend(options: Options) -> Backend:
         max_requests=options.max_requests,
         chunk_tokens=options.chunk_tokens,
         max_drafts=options.max_drafts,
+        tensor_parallel=options.tensor_parallel,
     )
     queue = QueueLimits(
         max_waiting=options.max_waiting,
