@@ -47,6 +47,8 @@ class Sizes:
     chunk_tokens: int = 128  # of prompts in a step
     max_drafts: int = 4  # guesses of an answer's next tokens in a step
     tensor_parallel: int = 1  # devices that share the model
+    int8_weights: bool = False
+    int8_cache: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +98,9 @@ def open_served(path: Path, sizes: Sizes, queue: QueueLimits, name: str | None =
     cfg, params = _in_served_dtype(cfg, bundle.params())
     clock.log("weights and tokenizer")
     placement = tensor_parallel(sizes.tensor_parallel, cfg) if sizes.tensor_parallel > 1 else None
+    form = Form(placement, sizes.int8_weights, sizes.int8_cache)
     limits = _limits(with_key_heads(cfg, sizes.tensor_parallel), _context(bundle, sizes), sizes)
-    runner = ModelRunner(cfg, params, limits, Form(placement))
+    runner = ModelRunner(cfg, params, limits, form)
     clock.log(f"cache of {limits.num_pages * limits.page_size} tokens")
     runner.warm_up(lambda shape, s: _log.info("programs for %d rows of %d tokens: %.1f s", *shape, s))
     clock.log("all programs")
@@ -156,7 +159,7 @@ def _limits(cfg: CausalLMConfig, context: int, sizes: Sizes) -> Limits:
         chunk_tokens=sizes.chunk_tokens,
         max_drafts=sizes.max_drafts,
     )
-    of_page = page_bytes(cfg, limits.page_size)
+    of_page = page_bytes(cfg, limits.page_size, int8=sizes.int8_cache)
     num_pages = sizes.cache_bytes // of_page if of_page else -(-context // limits.page_size)
     if num_pages * limits.page_size < min(context, limits.chunk_tokens):
         raise ConfigError(

@@ -35,6 +35,8 @@ class Options:
     chunk_tokens: int = 128
     max_drafts: int = 4
     tensor_parallel: int = 1
+    weights: str = "float"
+    kv_cache: str = "float"
     max_waiting: int = 256
     max_waiting_tokens: int = 131_072
     stall_s: float = 60.0
@@ -131,6 +133,18 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         help="devices that share the model, each with its part of every layer (%(default)s)",
     )
     add(
+        "--weights",
+        choices=("float", "int8"),
+        default=defaults.weights,
+        help="in which numbers linear maps and the embedding are kept (%(default)s: as activations)",
+    )
+    add(
+        "--kv-cache",
+        choices=("float", "int8"),
+        default=defaults.kv_cache,
+        help="in which numbers keys and values are kept (%(default)s: as activations)",
+    )
+    add(
         "--max-waiting", type=_positive, default=defaults.max_waiting, help="requests that wait (%(default)s)"
     )
     add(
@@ -198,6 +212,8 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         chunk_tokens=given.chunk_tokens,
         max_drafts=given.max_drafts,
         tensor_parallel=given.tensor_parallel,
+        weights=given.weights,
+        kv_cache=given.kv_cache,
         max_waiting=given.max_waiting,
         max_waiting_tokens=given.max_waiting_tokens,
         stall_s=given.stall,

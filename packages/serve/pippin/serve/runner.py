@@ -81,7 +81,7 @@ class ModelRunner:
             ShardingError: so many devices cannot share the model.
         """
         cfg, params = form.of(cfg, params)
-        cfg = _in_pages(cfg, limits.page_size, limits.num_pages)
+        cfg = _in_pages(cfg, limits.page_size, limits.num_pages, form.int8_cache)
         self.limits = limits
         self._table_size = _table_size(limits)
         model = nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0)))
@@ -184,7 +184,7 @@ class ModelRunner:
         return tokens, positions, tables, read
 
 
-def _in_pages(cfg: CausalLMConfig, page_size: int, num_pages: int) -> CausalLMConfig:
+def _in_pages(cfg: CausalLMConfig, page_size: int, num_pages: int, int8: bool) -> CausalLMConfig:
     """The same model with a cache in pages, whose attention is computed by what suits this machine.
 
     A model may come with the kernels that suited the one that trained it.
@@ -193,12 +193,12 @@ def _in_pages(cfg: CausalLMConfig, page_size: int, num_pages: int) -> CausalLMCo
     def choose(node: Config) -> Config:
         return SelectKernelConfig() if node.PROVIDES == "attention_kernel" else node
 
-    return paged(page_size=page_size, num_pages=num_pages)(transform(cfg, choose))
+    return paged(page_size=page_size, num_pages=num_pages, int8=int8)(transform(cfg, choose))
 
 
-def page_bytes(cfg: CausalLMConfig, page_size: int) -> int:
+def page_bytes(cfg: CausalLMConfig, page_size: int, *, int8: bool = False) -> int:
     """What one page of the cache of a model takes, in all its layers."""
-    cfg = _in_pages(cfg, page_size, 1)
+    cfg = _in_pages(cfg, page_size, 1, int8)
     definition, params = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
     cache = jax.eval_shape(partial(_empty_cache, definition, page_size), params)
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache) if a.dtype != jnp.int32)
@@ -223,7 +223,7 @@ def lower_step(cfg: CausalLMConfig, limits: Limits, form: Form, shape: tuple[int
 
     def formed(params: Params) -> Params:
         changed, params = form.of(cfg, jax.tree.map(lambda a: a.astype(dtype), params))
-        forms.append(_in_pages(changed, limits.page_size, limits.num_pages))
+        forms.append(_in_pages(changed, limits.page_size, limits.num_pages, form.int8_cache))
         return params
 
     params = jax.eval_shape(formed, trained)

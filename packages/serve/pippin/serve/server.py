@@ -226,6 +226,8 @@ def open_backend(options: Options) -> Backend:
         chunk_tokens=options.chunk_tokens,
         max_drafts=options.max_drafts,
         tensor_parallel=options.tensor_parallel,
+        int8_weights=options.weights == "int8",
+        int8_cache=options.kv_cache == "int8",
     )
     queue = QueueLimits(
         max_waiting=options.max_waiting,
