@@ -63,6 +63,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="of each text that is served (%(default)s)",
     )
+    add(
+        "--weights", choices=("float", "int8"), default="float", help="of linear maps (%(default)s: bfloat16)"
+    )
+    add(
+        "--kv-cache",
+        choices=("float", "int8"),
+        default="float",
+        help="keys and values (%(default)s: bfloat16)",
+    )
     add("--max-requests", type=int, default=32, help="served at a time (%(default)s)")
     add("--chunk-tokens", type=int, default=512, help="of prompts in a step (%(default)s)")
     return parser
@@ -110,7 +119,7 @@ def _compile(cfg: CausalLMConfig, args: argparse.Namespace, target: Target) -> b
         row_tokens=min(128, args.chunk_tokens),
     )
     print(f"compiling for {target.name}", file=sys.stderr)
-    found = estimate(cfg, limits, target)
+    found = estimate(cfg, limits, target, args.weights == "int8", args.kv_cache == "int8")
     print(table(found))
     return found.fits
 

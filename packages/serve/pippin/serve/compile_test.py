@@ -51,6 +51,17 @@ def test_a_step_is_compiled_with_the_paged_kernel_and_split_over_all_devices() -
 
 
 @needs_libtpu
+def test_int8_weights_and_cache_are_compiled_too() -> None:
+    floats = estimate(_TINY, _LIMITS, parse_target("tpu-v5e-4"))
+    numbers = estimate(_TINY, _LIMITS, parse_target("tpu-v5e-4"), int8_weights=True, int8_cache=True)
+    # JAX's kernel reads one scale for all.
+    assert numbers.kernels == ("PagedBlockwiseKernel",)
+    assert numbers.parameter_bytes < 0.52 * floats.parameter_bytes
+    # Of 128 numbers each, with a scale of 4 bytes, and not of 256 bytes.
+    assert numbers.cache_bytes / floats.cache_bytes == pytest.approx(132 / 256, rel=0.01)
+
+
+@needs_libtpu
 def test_devices_that_cannot_share_the_model_are_refused() -> None:
     with pytest.raises(ShardingError, match="16 devices cannot share this model.*8 heads"):
         estimate(_TINY, _LIMITS, parse_target("tpu-v5e-16"))

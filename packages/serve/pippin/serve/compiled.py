@@ -81,7 +81,9 @@ class Estimate:
         return all(p.profile for p in self.programs) and self.used_bytes <= self.target.device.memory_bytes
 
 
-def estimate(cfg: CausalLMConfig, limits: Limits, target: Target) -> Estimate:
+def estimate(
+    cfg: CausalLMConfig, limits: Limits, target: Target, int8_weights: bool = False, int8_cache: bool = False
+) -> Estimate:
     """Compiles the largest program of answers and the largest of prompts, in bfloat16, shared by all devices of a target.
 
     Raises:
@@ -91,7 +93,7 @@ def estimate(cfg: CausalLMConfig, limits: Limits, target: Target) -> Estimate:
     goal = topology(target, "serve")
     cfg = cfg.set(activation_dtype=FloatType.BFLOAT16)
     placement = tensor_parallel(target.num_devices, cfg, goal.devices)
-    form = Form(placement)
+    form = Form(placement, int8_weights, int8_cache)
     programs: list[Program] = []
     kernels: dict[str, None] = {}
     parameter_bytes = cache_bytes = 0.0

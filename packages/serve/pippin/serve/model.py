@@ -105,6 +105,13 @@ def open_served(path: Path, sizes: Sizes, queue: QueueLimits, name: str | None =
     runner.warm_up(lambda shape, s: _log.info("programs for %d rows of %d tokens: %.1f s", *shape, s))
     clock.log("all programs")
     served = _served(name or path.absolute().name, cfg, tokenizer, bundle, limits)
+    floats = cfg.activation_dtype.value
+    served = dataclasses.replace(
+        served,
+        weights_dtype="int8" if sizes.int8_weights else floats,
+        cache_dtype="int8" if sizes.int8_cache else floats,
+        num_devices=sizes.tensor_parallel,
+    )
     token_bytes = tokenizer.token_bytes if tokenizer else _no_bytes
     _log.info("%s: %d tokens of context, %d at a time", served.name, limits.max_context, limits.max_requests)
     return OpenedModel(Engine(runner, limits, token_bytes, queue=queue), served)

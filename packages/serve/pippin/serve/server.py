@@ -124,7 +124,9 @@ async def start(options: Options, backend: Backend) -> Server:
     if options.probe_address:
         anybody = Guard(Authenticator(Identities(None)), limits.slow_reader_timeout_s)
         probe_address = listen(options.probe_address, anybody, shared, None)
-    metrics = Metrics(backend.model.name, engine.limits.num_pages, engine.limits.page_size)
+    metrics = Metrics(
+        backend.model.name, engine.limits.num_pages, engine.limits.page_size, backend.model.cache_dtype
+    )
     metrics.watch(engine.load)
     top = (
         Top(backend.model.name, engine.limits.max_requests, engine.load, engine.clock)

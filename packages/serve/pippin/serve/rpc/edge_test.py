@@ -120,6 +120,7 @@ async def test_the_model_claims_what_it_can_and_no_more():
         model = await served.method("GetModel")(pb.GetModelRequest())
         assert list(model.capabilities) == [pb.CAPABILITY_TEXT, pb.CAPABILITY_CHAT]
         assert (model.name, model.context_length, model.limits.max_n) == ("letters", 512, 16)
+        assert (model.weights_dtype, model.cache_dtype, model.num_devices) == ("float32", "float32", 1)
         async with fails_with(grpc.StatusCode.UNIMPLEMENTED):
             await served.method("Embed")(pb.EmbedRequest(text="a"))
         async with fails_with(grpc.StatusCode.UNIMPLEMENTED) as error:

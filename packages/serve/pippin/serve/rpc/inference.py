@@ -113,6 +113,9 @@ class InferenceService:
                 max_timeout=longest,
             ),
             server_version=_version(),
+            weights_dtype=model.weights_dtype,
+            cache_dtype=model.cache_dtype,
+            num_devices=model.num_devices,
         )
 
     async def embed(self, request: pb.EmbedRequest, _: object) -> pb.EmbedResponse:
