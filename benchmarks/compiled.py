@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from benchmarks.plain_decoder import Decoder, compile_step
 
 if TYPE_CHECKING:
-    from pippin.train.hardware.profile import Profile
+    from pippin.core.hardware.profile import Profile
     from pippin.train.trainer_config import TrainerConfig
 
 SHAPE = Decoder(
@@ -60,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def compare(shape: Decoder, target_name: str) -> tuple[Compiled, Compiled]:
     """Our step and the plain one."""
-    from pippin.train.hardware.accelerator import parse_target
+    from pippin.core.hardware.accelerator import parse_target
+    from pippin.core.hardware.profile import read_profile
+    from pippin.core.hardware.topology import topology
     from pippin.train.hardware.estimate import estimate
-    from pippin.train.hardware.profile import read_profile
-    from pippin.train.hardware.topology import topology
 
     target = parse_target(target_name)
     ours = estimate(_config(shape), target)

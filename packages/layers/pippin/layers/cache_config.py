@@ -32,6 +32,7 @@ class PagedCacheConfig(Config, implementation="pippin.layers.cache_paged:PagedCa
     num_pages: int | None = (
         None  # None: as many as all rows can fill, and each row has its own from the start
     )
+    int8: bool = False  # keys and values are rounded, with a scale for each token and head
 
     def validate(self) -> None:
         if self.page_size < 1 or self.page_size & (self.page_size - 1):

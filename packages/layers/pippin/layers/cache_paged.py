@@ -1,23 +1,27 @@
 """A cache of keys and values in pages: rows of any length share one array, and no memory is kept for what may come."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from pippin.core.module import Module
 from pippin.core.sharding import constrain
 from pippin.layers.cache_config import PagedCacheConfig
 from pippin.layers.context import Cache, PagedKeyValues
+from pippin.layers.int8 import quantized
 
 
 class PagedState(NamedTuple):
     """The arrays of a cache."""
 
     # The keys of head i at 2 i, and the values at 2 i + 1: the TPU's kernel reads them so, in one transfer.
-    pages: Float[Array, "*layers pages page_size two_K H"]
+    pages: Num[Array, "*layers pages page_size two_K H"]
     tables: Int[Array, "*layers B P"]  # entry i: the page of a row's positions from i * page_size on
+    # What a page's int8 numbers are worth, of each token and head; None: pages hold floats.
+    scales: Float[Array, "*layers pages page_size two_K"] | None = None
 
 
 class PagedCache(Module):
@@ -43,6 +47,8 @@ class PagedCache(Module):
         else:
             count, tables = self.cfg.num_pages, jnp.full((batch_size, per_row), -1, jnp.int32)
         shape = (count, self.cfg.page_size, 2 * self.cfg.num_kv_heads, self.cfg.head_dim)
+        if self.cfg.int8:
+            return PagedState(jnp.zeros(shape, jnp.int8), tables, jnp.zeros(shape[:-1], jnp.float32))
         return PagedState(jnp.zeros(shape, dtype), tables)
 
     def extend(
@@ -61,12 +67,20 @@ class PagedCache(Module):
         index = positions // size
         found = jnp.take_along_axis(state.tables, jnp.clip(index, 0, state.tables.shape[1] - 1), axis=1)
         kept = (index >= 0) & (index < state.tables.shape[1]) & (found >= 0)
-        new = jnp.stack([k, v], axis=3).reshape(*positions.shape, *rest).astype(state.pages.dtype)
+        new = jnp.stack([k, v], axis=3).reshape(*positions.shape, *rest)
         # A page beyond the last is none: "drop" drops what is for it.
-        pages = state.pages.at[jnp.where(kept, found, count), positions % size].set(new, mode="drop")
+        slots = jnp.where(kept, found, count), positions % size
+        scales = state.scales
+        if scales is not None:
+            new, of_new = quantized(new)
+            scales = scales.at[slots].set(of_new, mode="drop")
+            scales = constrain(scales, None, None, "kv_heads")
+        pages = state.pages.at[slots].set(new.astype(state.pages.dtype), mode="drop")
         pages = constrain(pages, None, None, "kv_heads", None)
-        kv = PagedKeyValues(k, v, positions, None, aligned=False, pages=pages, tables=state.tables)
-        return state._replace(pages=pages), kv
+        kv = PagedKeyValues(
+            k, v, positions, None, aligned=False, pages=pages, tables=state.tables, scales=scales
+        )
+        return state._replace(pages=pages, scales=scales), kv
 
 
 def assign_pages(cache: Cache, tables: Int[Array, "B P"]) -> Cache:
@@ -80,3 +94,18 @@ def assign_pages(cache: Cache, tables: Int[Array, "B P"]) -> Cache:
         return isinstance(node, PagedState)
 
     return jax.tree.map(lambda node: assign(node) if is_state(node) else node, cache, is_leaf=is_state)
+
+
+def map_cache(place: Callable[[Any, tuple[str | None, ...]], Any], cache: Cache) -> Any:
+    """What `place` makes of each array of a cache and of the logical axes of its dims, in a tree of the cache's form."""
+
+    def of_node(node: Any) -> Any:
+        if not isinstance(node, PagedState):
+            return place(node, (None,) * node.ndim)
+        lead = (None,) * (node.pages.ndim - 4)  # of stacked layers
+        pages = place(node.pages, (*lead, None, None, "kv_heads", None))
+        tables = place(node.tables, (None,) * node.tables.ndim)
+        scales = None if node.scales is None else place(node.scales, (*lead, None, None, "kv_heads"))
+        return PagedState(pages, tables, scales)
+
+    return jax.tree.map(of_node, cache, is_leaf=lambda node: isinstance(node, PagedState))

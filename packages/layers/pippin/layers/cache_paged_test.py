@@ -1,5 +1,6 @@
 """The paged cache, in models and by itself."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -140,3 +141,27 @@ def test_sizes_that_mean_nothing_are_refused():
         configs.PagedCacheConfig(num_pages=0)
     with pytest.raises(ConfigError, match="LinearConfig holds neither a cache nor a choice of kernels"):
         configs.paged()(configs.LinearConfig())
+
+
+def test_an_int8_cache_holds_keys_and_values_within_half_a_step_of_each():
+    cfg = configs.PagedCacheConfig(num_kv_heads=_K, head_dim=_H, page_size=_PAGE, int8=True)
+    cache = cfg.build()
+    k, v = (normal(2, 7, _K, _H, seed=i) * 10.0 ** np.arange(-3, 4).reshape(1, 7, 1, 1) for i in (1, 2))
+    at = jnp.asarray(positions(2, 7))
+    state, kv = cache.extend(cache.init(2, 8, jnp.dtype(jnp.float32)), jnp.asarray(k), jnp.asarray(v), at)
+    assert state.pages.dtype == jnp.int8 and kv.scales is state.scales
+    held = np.asarray(state.pages, np.float64) * np.asarray(state.scales, np.float64)[..., None]
+    for row in range(2):
+        found = held[np.asarray(state.tables)[row]].reshape(8, _K, 2, _H)[:7]
+        for part, values in enumerate((k, v)):
+            half = np.abs(values[row]).max(axis=-1, keepdims=True) / 127 / 2
+            assert np.all(np.abs(found[:, :, part] - values[row]) <= 1.001 * half)
+            assert np.abs(found[:, :, part] - values[row]).max() > 0
+
+
+def test_a_model_with_an_int8_cache_continues_nearly_as_one_with_a_full_cache():
+    expected, _ = _logits(_MODEL, _TOKENS)
+    got, cache = _logits(configs.paged(page_size=_PAGE, int8=True)(_MODEL), _TOKENS)
+    assert {a.dtype.name for a in jax.tree.leaves(cache["decoder"])} == {"int8", "int32", "float32"}
+    error = np.linalg.norm(np.asarray(got) - np.asarray(expected)) / np.linalg.norm(expected)
+    assert 1e-5 < error < 0.02, error

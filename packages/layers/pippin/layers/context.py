@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 # A cache is a pytree that only the component that made it looks into.
 Cache = Any
@@ -32,8 +32,10 @@ class PagedKeyValues(KeyValues):
     requests begin with, or the parts of one long request. What a page holds behind its row's last token is not looked at.
     """
 
-    pages: Float[Array, "pages page_size two_K H"]  # the keys of head i at 2 i, and the values at 2 i + 1
+    pages: Num[Array, "pages page_size two_K H"]  # the keys of head i at 2 i, and the values at 2 i + 1
     tables: Int[Array, "B P"]  # entry i: the page of a row's positions from i * page_size on
+    # What a page's int8 numbers are worth, of each token and head; None: pages hold floats.
+    scales: Float[Array, "pages page_size two_K"] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -1,5 +1,6 @@
 """Attention kernels: softmax(q k / sqrt(H)) v under a mask. All compute the same."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,7 @@ def attention_shape(
         head_shards=num_shards("heads"),
         kv_head_shards=num_shards("kv_heads"),
         page_size=kv.pages.shape[1] if isinstance(kv, PagedKeyValues) else 0,
+        int8_pages=isinstance(kv, PagedKeyValues) and kv.scales is not None,
     )
 
 
@@ -66,6 +68,14 @@ def attention_specs() -> tuple[PartitionSpec, PartitionSpec, PartitionSpec, Part
         shard_spec(("batch", "sequence")),
         shard_spec(("heads",)),
     )
+
+
+def device_of_the_mesh() -> contextlib.AbstractContextManager[Any]:
+    """Tells Pallas what device it compiles for, where that is one that is not here."""
+    active = mesh_in_use()
+    if active is None or jax.sharding.get_abstract_mesh().manual_axes:
+        return contextlib.nullcontext()  # the device of this process; or `on_shards` told it
+    return jax.sharding.use_abstract_mesh(active[1].abstract_mesh)
 
 
 def _platform() -> str:
@@ -115,7 +125,11 @@ def of_pages(
     """The keys and values of some pages of each row, the first of which begins at the position `first`."""
     num_pages, size, _, head_dim = kv.pages.shape
     batch, count = tables.shape
-    found = kv.pages[jnp.clip(tables, 0, num_pages - 1)].reshape(batch, count * size, -1, 2, head_dim)
+    tables = jnp.clip(tables, 0, num_pages - 1)
+    found = kv.pages[tables]
+    if kv.scales is not None:
+        found = found.astype(jnp.float32) * kv.scales[tables][..., None]
+    found = found.reshape(batch, count * size, -1, 2, head_dim)
     at = first + jnp.arange(count * size, dtype=jnp.int32)[None]
     held = at <= jnp.max(positions, axis=1, keepdims=True)
     # What another row left behind may be NaN, which survives a weight of zero.

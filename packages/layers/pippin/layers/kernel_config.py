@@ -32,6 +32,7 @@ class AttentionShape:
     head_shards: int = 1  # likewise, the query heads
     kv_head_shards: int = 1
     page_size: int = 0  # of a paged cache, in tokens; 0: keys lie in rows of their own
+    int8_pages: bool = False  # whose pages hold int8 numbers, with a scale for each token and head
 
 
 class AttentionKernelConfig(Config):

@@ -16,6 +16,7 @@ from pippin.layers.kernel_config import (
 )
 
 _NO_PAGES = "keys are in no pages, as those of a PagedCache are"
+_INT8 = "it reads no int8 pages with a scale for each token and head"
 
 
 def _check_block(name: str, size: int, least: int = 1) -> None:
@@ -59,6 +60,7 @@ class PagedTPUKernelConfig(
         return first_reason(
             (shape.page_size == 0, _NO_PAGES),
             (shape.platform != "tpu", f"it runs on TPUs, and this is a {shape.platform}"),
+            (shape.int8_pages, _INT8),
             (
                 shape.dtype not in ("float32", "bfloat16"),
                 f"it computes in float32 or bfloat16, not {shape.dtype}",
@@ -94,6 +96,7 @@ class PagedTritonKernelConfig(
                 shape.platform != "gpu" and not self.interpret,
                 f"it runs on NVIDIA GPUs, and this is a {shape.platform}",
             ),
+            (shape.int8_pages, _INT8),
             (
                 shape.dtype not in ("float16", "bfloat16", "float32"),
                 f"it computes in float16, bfloat16 or float32, not {shape.dtype}",
@@ -114,17 +117,18 @@ class PagedTritonKernelConfig(
 PAGED_KERNELS = (PagedTPUKernelConfig(), PagedTritonKernelConfig(), PagedBlockwiseKernelConfig())
 
 
-def paged(page_size: int = 16, num_pages: int | None = None) -> Callable[[Any], Any]:
+def paged(page_size: int = 16, num_pages: int | None = None, *, int8: bool = False) -> Callable[[Any], Any]:
     """The modifier that gives a model a paged cache, and kernels that read it.
 
     Args:
         page_size: tokens a page.
         num_pages: of each layer; None: as many as all rows can fill, and each row has its own from the start.
+        int8: whether keys and values are kept as int8, with a scale for each token and head.
 
     Raises:
         ConfigError: (the modifier) the tree has no cache.
     """
-    cache = PagedCacheConfig(page_size=page_size, num_pages=num_pages)
+    cache = PagedCacheConfig(page_size=page_size, num_pages=num_pages, int8=int8)
 
     def change(cfg: Config) -> Config:
         if cfg.PROVIDES == "kv_cache":

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from pippin.core.errors import ConfigError
 from pippin.layers import configs, kernel, reference
 from pippin.layers.context import Context, KeyValues, PagedKeyValues
+from pippin.layers.int8 import quantized
 from pippin.layers.kernel import Logits
 from pippin.layers.kernel_config import AttentionShape, choose
 from pippin.layers.position_config import ALiBiConfig
@@ -154,6 +155,33 @@ def test_so_does_the_kernel_of_tpus(case, monkeypatch):
     _check(KERNELS["tpu"], CASES[case])
 
 
+@pytest.mark.parametrize("name", ["blocks of two pages"])
+def test_attention_to_int8_pages_errs_by_what_half_a_step_does(name):
+    case = CASES["window"]
+    tested = dataclasses.replace(KERNELS[name], dtype=jnp.float32)
+    at, dim = case.positions, tested.head_dim
+    floats = _paged(case, tested)
+    numbers, scales = quantized(np.asarray(floats.pages, np.float64))
+    # What no row has stays NaN: its scale is.
+    kv = dataclasses.replace(floats, pages=jnp.asarray(numbers), scales=jnp.asarray(scales))
+    q = normal(*at.shape, _N, dim, seed=3)
+
+    def attend(kv: PagedKeyValues) -> np.ndarray:
+        def run(q: Any) -> Any:
+            return tested.config.build()(q, kv, Context(kv.positions), Logits(dim**-0.5, case.window))
+
+        return np.asarray(jax.jit(run)(jnp.asarray(q, tested.dtype)), np.float64)
+
+    got, expected = attend(kv)[at >= 0], attend(floats)[at >= 0]
+    keys, values = (np.abs(part) for part in _keys(dim))
+    # Half a step of a key moves a logit by as much of the query's sum; a weight then by a factor, and its value by half a step.
+    moved = dim**-0.5 * np.abs(q[at >= 0]).sum(axis=-1, keepdims=True) * keys.max() / 127 / 2
+    bound = np.expm1(2 * moved) * values.max() + values.max() / 127 / 2
+    assert np.isfinite(got).all()
+    assert 1e-4 < np.abs(got - expected).max()
+    assert np.all(np.abs(got - expected) <= bound)
+
+
 def test_memory_does_not_grow_with_the_pages_of_a_row():
     def size(count: int) -> int:
         def run(q: Any, new: Any, at: Any, pages: Any, tables: Any) -> Any:
@@ -188,6 +216,7 @@ _TRITON, _ON_TPU = configs.PagedTritonKernelConfig, configs.PagedTPUKernelConfig
     [
         (_ON_TPU(), {"page_size": 0}, "keys are in no pages, as those of a PagedCache are"),
         (_ON_TPU(), {"platform": "gpu"}, "it runs on TPUs, and this is a gpu"),
+        (_ON_TPU(), {"int8_pages": True}, "it reads no int8 pages with a scale for each token and head"),
         (_ON_TPU(), {"dtype": "float16"}, "it computes in float32 or bfloat16, not float16"),
         (_ON_TPU(), {"head_dim": 64}, "head_dim (64) is no multiple of 128"),
         (
@@ -200,6 +229,7 @@ _TRITON, _ON_TPU = configs.PagedTritonKernelConfig, configs.PagedTPUKernelConfig
         (_ON_TPU(), {"head_shards": 2}, "the mesh splits query heads 2 ways and key heads 1 ways"),
         (_TRITON(), {"page_size": 0}, "keys are in no pages, as those of a PagedCache are"),
         (_TRITON(), {"platform": "tpu"}, "it runs on NVIDIA GPUs, and this is a tpu"),
+        (_TRITON(), {"int8_pages": True}, "it reads no int8 pages with a scale for each token and head"),
         (_TRITON(), {"dtype": "float64"}, "it computes in float16, bfloat16 or float32, not float64"),
         (_TRITON(), {"head_dim": 96}, "head_dim (96) is no power of two from 16 to 256"),
         (_TRITON(), {"page_size": 128}, "pages of 128 tokens are more than block_size (64)"),
@@ -220,6 +250,8 @@ def test_a_kernel_says_what_it_cannot_serve(cfg, change, reason):
         ({"has_sinks": True}, configs.PagedBlockwiseKernelConfig),
         ({"platform": "gpu"}, configs.PagedTritonKernelConfig),
         ({"platform": "gpu", "has_sinks": True, "dtype": "float32"}, configs.PagedTritonKernelConfig),
+        ({"int8_pages": True}, configs.PagedBlockwiseKernelConfig),
+        ({"platform": "gpu", "int8_pages": True}, configs.PagedBlockwiseKernelConfig),
         ({"platform": "cpu"}, configs.PagedBlockwiseKernelConfig),
     ],
 )

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from pippin.core.module import Module
 from pippin.core.sharding import on_shards
 from pippin.layers.context import Context, KeyValues
-from pippin.layers.kernel import Logits
+from pippin.layers.kernel import Logits, device_of_the_mesh
 from pippin.layers.kernel_paged import paged_keys, paged_specs
 from pippin.layers.kernel_paged_config import PagedTPUKernelConfig
 
@@ -37,7 +37,8 @@ class PagedTPUKernel(Module):
         kv = paged_keys(self.cfg, q, kv, ctx, logits)
         attend = partial(self._attend, logits=logits)
         specs = paged_specs()
-        return on_shards(attend, specs[:4], specs[0])(q, kv.pages, kv.tables, ctx.positions)
+        with device_of_the_mesh():
+            return on_shards(attend, specs[:4], specs[0])(q, kv.pages, kv.tables, ctx.positions)
 
     def _attend(
         self,

@@ -12,10 +12,9 @@ from jaxtyping import Array, Float, Int
 from pippin.core.module import Module
 from pippin.core.sharding import on_shards
 from pippin.layers.context import Context, KeyValues
-from pippin.layers.kernel import Logits
+from pippin.layers.kernel import Logits, device_of_the_mesh
 from pippin.layers.kernel_paged import paged_keys, paged_specs
 from pippin.layers.kernel_paged_config import PagedTritonKernelConfig
-from pippin.layers.kernel_triton import gpu_of_the_mesh
 
 _LOWEST = -1e30  # a masked logit: far below all others, and differences of two are finite
 _TILE = 16  # rows of what matrix units multiply, at least
@@ -46,7 +45,7 @@ class PagedTritonKernel(Module):
         sinks = jnp.full(q.shape[2], -jnp.inf) if logits.sinks is None else logits.sinks
         specs = paged_specs()
         attend = on_shards(partial(self._attend, logits=logits), specs, specs[0])
-        with gpu_of_the_mesh():
+        with device_of_the_mesh():
             return attend(q * logits.scale, kv.pages, kv.tables, ctx.positions, sinks.astype(jnp.float32))
 
     def _attend(

@@ -1,6 +1,5 @@
 """Attention for GPUs of what cuDNN refuses: a Pallas kernel by Triton, forward and backward."""
 
-import contextlib
 import dataclasses
 from functools import partial
 from typing import Any
@@ -12,9 +11,15 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from pippin.core.module import Module
-from pippin.core.sharding import mesh_in_use, on_shards
+from pippin.core.sharding import on_shards
 from pippin.layers.context import Context, KeyValues
-from pippin.layers.kernel import Logits, attention_shape, attention_specs, padded_segments
+from pippin.layers.kernel import (
+    Logits,
+    attention_shape,
+    attention_specs,
+    device_of_the_mesh,
+    padded_segments,
+)
 from pippin.layers.kernel_config import TritonKernelConfig, choose
 
 _LOWEST = -1e30  # a masked logit: far below all others, and differences of two are finite
@@ -53,7 +58,7 @@ class TritonKernel(Module):
         )
         heads, kv_heads, tokens, head = attention_specs()
         attend = on_shards(partial(_attend, call), (heads, kv_heads, kv_heads, tokens, head), heads)
-        with gpu_of_the_mesh():
+        with device_of_the_mesh():
             return attend(
                 q * logits.scale,
                 kv.k.astype(q.dtype),
@@ -61,14 +66,6 @@ class TritonKernel(Module):
                 segments,
                 sinks.astype(jnp.float32),
             )
-
-
-def gpu_of_the_mesh() -> contextlib.AbstractContextManager[Any]:
-    """Tells Pallas what GPU it compiles for, where that is one that is not here."""
-    active = mesh_in_use()
-    if active is None or jax.sharding.get_abstract_mesh().manual_axes:
-        return contextlib.nullcontext()  # the GPU of this process; or `on_shards` told it
-    return jax.sharding.use_abstract_mesh(active[1].abstract_mesh)
 
 
 @dataclasses.dataclass(frozen=True)

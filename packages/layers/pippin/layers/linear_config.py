@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from pippin.core.config import REQUIRED, Config, Required, Slot, field_hints
-from pippin.core.config_tree import Modifier, inherit, traverse
+from pippin.core.config_tree import Modifier, inherit, transform, traverse
 from pippin.core.errors import ConfigError
 
 
@@ -71,6 +71,35 @@ class EmbeddingConfig(Config, implementation="pippin.layers.linear:Embedding", p
     dim: Required[int] = REQUIRED
     # Drawn with fan_in = dim: a standard deviation of 1/sqrt(dim), as in AFM.
     init: Annotated[Config, Slot("initializer")] = FanInInitConfig()
+
+
+class Int8LinearConfig(
+    LinearConfig, implementation="pippin.layers.linear_int8:Int8Linear", provides="linear"
+):
+    """The same map with weights of int8 and a scale for each output: not to be trained."""
+
+
+class Int8EmbeddingConfig(
+    EmbeddingConfig, implementation="pippin.layers.linear_int8:Int8Embedding", provides="embedding"
+):
+    """The same vectors of int8 and a scale for each: not to be trained."""
+
+
+def int8_weights(cfg: Any) -> Any:
+    """A tree whose linear maps and embeddings keep int8 numbers. Routers, LoRAs and the experts of a mixture stay."""
+
+    def where(cfg: Config) -> bool | None:
+        return False if cfg.PROVIDES == "router" else None
+
+    def changed(cfg: Config) -> Config:
+        if isinstance(cfg, LoRALinearConfig):
+            return cfg.set(base=changed(cfg.base))
+        return inherit(Int8LinearConfig(), cfg) if type(cfg) in (LinearConfig, QuantizedLinearConfig) else cfg
+
+    def embedded(cfg: Config) -> Config:
+        return inherit(Int8EmbeddingConfig(), cfg) if type(cfg) is EmbeddingConfig else cfg
+
+    return transform(_map_linears(cfg, changed, where, inside=True), embedded)
 
 
 class GroupedLinearConfig(

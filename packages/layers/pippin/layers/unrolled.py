@@ -40,7 +40,8 @@ def untied(cfg: CausalLMConfig, params: Mapping[str, Any]) -> tuple[CausalLMConf
     """The same model with a head of its own, which has a copy of the embedding: [D, V], as matrix products want it."""
     if cfg.head is not None or not isinstance(cfg.embedding, EmbeddingConfig):
         return cfg, dict(params)
-    weight = np.ascontiguousarray(np.asarray(params["embedding"]["weight"]).T)
+    weight = params["embedding"]["weight"].T
+    weight = np.ascontiguousarray(weight) if isinstance(weight, np.ndarray) else weight
     return cfg.set(head=LinearConfig()), {**params, "head": {"weight": weight}}
 
 

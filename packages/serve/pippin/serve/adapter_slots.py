@@ -21,10 +21,10 @@ class AdapterSlots:
 
     @property
     def count(self) -> int:
-        return self.runner.room.count if self.runner.room is not None else 0
+        return self.runner.form.room.count if self.runner.form.room is not None else 0
 
     def put(self, slot: int, adapter: Adapter) -> None:
-        room = self.runner.room
+        room = self.runner.form.room
         assert room is not None, "who has slots has room"
         if adapter.base_signature != self.signature:
             raise CheckpointError(

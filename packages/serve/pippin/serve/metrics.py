@@ -41,7 +41,7 @@ _COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192,
 class Metrics:
     """What the engine tells (`Observer`), and its load when somebody looks."""
 
-    def __init__(self, model_name: str, num_pages: int, page_size: int):
+    def __init__(self, model_name: str, num_pages: int, page_size: int, cache_dtype: str = "float32"):
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name}
         self._first_token = self._seconds("time_to_first_token_seconds", "From arrival to the first token.")
@@ -67,9 +67,11 @@ class Metrics:
         )
         self._ended = {r: ended.labels(**self._labels, finished_reason=r.value) for r in FinishReason}
         info = GaugeMetricFamily(
-            "pippin:cache_config_info", "The cache.", labels=[*_LABELS, "block_size", "num_gpu_blocks"]
+            "pippin:cache_config_info",
+            "The cache.",
+            labels=[*_LABELS, "block_size", "num_gpu_blocks", "cache_dtype"],
         )
-        info.add_metric([model_name, str(page_size), str(num_pages)], 1)
+        info.add_metric([model_name, str(page_size), str(num_pages), cache_dtype], 1)
         self._info = info
 
     def watch(self, load: Callable[[], Load]) -> None:

@@ -63,7 +63,7 @@ async def test_what_was_done_is_counted():
     assert found["e2e_request_latency_seconds_count"] == found["request_queue_time_seconds_count"] == 3
     assert found["prefix_cache_hits_total"] > 0
     assert found["num_requests_running"] == found["num_requests_waiting"] == found["kv_cache_usage_perc"] == 0
-    assert found["cache_config_info{16}{64}"] == 1
+    assert found["cache_config_info{16}{float32}{64}"] == 1
 
 
 async def test_every_request_that_is_taken_ends_once_in_the_metrics():

@@ -26,8 +26,10 @@ from pippin.serve.constraints import ConstraintCompiler
 from pippin.serve.engine.draft_model import DraftModel
 from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.engine.scheduler import Limits
+from pippin.serve.form import AdapterRoom, Form
+from pippin.serve.placement import tensor_parallel, with_key_heads
 from pippin.serve.reload import Reader
-from pippin.serve.runner import AdapterRoom, ModelRunner, Shape, page_bytes
+from pippin.serve.runner import ModelRunner, Shape, page_bytes
 from pippin.serve.served_model import Message, ServedModel
 
 _log = logging.getLogger(__name__)
@@ -50,6 +52,9 @@ class Sizes:
     max_requests: int = 32  # served at a time
     chunk_tokens: int = 128  # of prompts in a step
     max_drafts: int = 4  # guesses of an answer's next tokens in a step
+    tensor_parallel: int = 1  # devices that share the model
+    int8_weights: bool = False
+    int8_cache: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,15 +125,18 @@ def open_served(
     params = cast(params)
     clock.log("weights and tokenizer")
     smaller = None if draft is None else _open_draft(draft, bundle, cfg)
-    limits = _limits([cfg] if smaller is None else [cfg, smaller[0]], _context(bundle, sizes), sizes)
+    placement = tensor_parallel(sizes.tensor_parallel, cfg) if sizes.tensor_parallel > 1 else None
     room = None if adapters is None else AdapterRoom(adapters.count, adapters.rank)
-    runner = ModelRunner(cfg, params, limits, room)
+    form = Form(placement, sizes.int8_weights, sizes.int8_cache, room)
+    cached = [with_key_heads(cfg, sizes.tensor_parallel), *([] if smaller is None else [smaller[0]])]
+    limits = _limits(cached, _context(bundle, sizes), sizes)
+    runner = ModelRunner(cfg, params, limits, form)
     del params  # the runner has its own, in another order
     clock.log(f"cache of {limits.num_pages * limits.page_size} tokens")
     runner.warm_up(_log_program)
     draft_model = None
     if smaller is not None:
-        draft_runner = ModelRunner(*smaller, limits)
+        draft_runner = ModelRunner(*smaller, limits, Form(int8_cache=sizes.int8_cache))
         draft_runner.warm_up()
         draft_model = DraftModel(draft_runner)
     clock.log("all programs")
@@ -137,6 +145,13 @@ def open_served(
     if adapters is not None:
         slots = AdapterSlots(runner, stored, paths, signature)
         served = dataclasses.replace(served, adapters=Adapters(adapters.directory, slots))
+    floats = cfg.activation_dtype.value
+    served = dataclasses.replace(
+        served,
+        weights_dtype="int8" if sizes.int8_weights else floats,
+        cache_dtype="int8" if sizes.int8_cache else floats,
+        num_devices=sizes.tensor_parallel,
+    )
     token_bytes = tokenizer.token_bytes if tokenizer else _no_bytes
     _log.info("%s: %d tokens of context, %d at a time", served.name, limits.max_context, limits.max_requests)
     served = dataclasses.replace(served, read_anew=Reader(path, bundle, runner, cast, slots))
@@ -219,7 +234,7 @@ def _limits(cfgs: Sequence[CausalLMConfig], context: int, sizes: Sizes) -> Limit
         chunk_tokens=sizes.chunk_tokens,
         max_drafts=sizes.max_drafts,
     )
-    of_page = sum(page_bytes(cfg, limits.page_size) for cfg in cfgs)
+    of_page = sum(page_bytes(cfg, limits.page_size, int8=sizes.int8_cache) for cfg in cfgs)
     num_pages = sizes.cache_bytes // of_page if of_page else -(-context // limits.page_size)
     if num_pages * limits.page_size < min(context, limits.chunk_tokens):
         raise ConfigError(

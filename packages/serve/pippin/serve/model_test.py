@@ -125,6 +125,21 @@ def test_activations_of_bfloat16_are_float32_on_a_cpu(tmp_path):
     assert _answer(backend, [5, 6, 7], text=False)[1] == _expected((5, 6, 7))
 
 
+def test_an_int8_model_has_four_times_the_tokens_in_a_cache_and_says_what_it_is_made_of(tmp_path):
+    path = save_bundle(tmp_path / "model", _CFG, _params())
+    small = {"cache_bytes": 64 << 10, "max_context": 1 << 20}
+    floats, numbers = (
+        _open(path, Sizes(**small, int8_weights=int8, int8_cache=int8)) for int8 in (False, True)
+    )
+    assert (floats.served.weights_dtype, floats.served.cache_dtype) == ("float32", "float32")
+    assert (numbers.served.weights_dtype, numbers.served.cache_dtype) == ("int8", "int8")
+    attention = _CFG.decoder.layer.attention
+    expected = 4 * attention.head_dim / (attention.head_dim + 4)
+    got = numbers.engine.limits.num_pages / floats.engine.limits.num_pages
+    assert got == pytest.approx(expected, rel=0.1)
+    assert len(_answer(numbers, [5, 6, 7], text=False)[1]) == 8
+
+
 @pytest.mark.parametrize("kernel", [BlockwiseKernelConfig(), SplashKernelConfig(), ReferenceKernelConfig()])
 def test_a_model_with_the_kernels_of_another_machine_is_served(tmp_path, kernel):
     cfg = override(_CFG, {"decoder.layer.attention.kernel": kernel})

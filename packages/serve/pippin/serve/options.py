@@ -42,6 +42,9 @@ class Options:
     load_adapters: tuple[str, ...] = ()
     max_adapters: int = 8
     max_adapter_rank: int = 16
+    tensor_parallel: int = 1
+    weights: str = "float"
+    kv_cache: str = "float"
     max_waiting: int = 256
     max_waiting_tokens: int = 131_072
     stall_s: float = 60.0
@@ -165,6 +168,25 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         help="of the largest adapter (%(default)s)",
     )
     add(
+        "--tensor-parallel",
+        type=_positive,
+        metavar="N",
+        default=defaults.tensor_parallel,
+        help="devices that share the model, each with its part of every layer (%(default)s)",
+    )
+    add(
+        "--weights",
+        choices=("float", "int8"),
+        default=defaults.weights,
+        help="in which numbers linear maps and the embedding are kept (%(default)s: as activations)",
+    )
+    add(
+        "--kv-cache",
+        choices=("float", "int8"),
+        default=defaults.kv_cache,
+        help="in which numbers keys and values are kept (%(default)s: as activations)",
+    )
+    add(
         "--max-waiting", type=_positive, default=defaults.max_waiting, help="requests that wait (%(default)s)"
     )
     add(
@@ -239,6 +261,9 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         load_adapters=tuple(given.load_adapter),
         max_adapters=given.max_adapters,
         max_adapter_rank=given.max_adapter_rank,
+        tensor_parallel=given.tensor_parallel,
+        weights=given.weights,
+        kv_cache=given.kv_cache,
         max_waiting=given.max_waiting,
         max_waiting_tokens=given.max_waiting_tokens,
         stall_s=given.stall,

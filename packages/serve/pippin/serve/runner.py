@@ -1,6 +1,7 @@
 """The runner: computes the tokens of a step with a model, in programs of a few fixed shapes."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,25 +16,26 @@ from jaxtyping import Array, Int
 
 from pippin.core.adapter import LowRank
 from pippin.core.config import Config
-from pippin.core.config_tree import transform, traverse
-from pippin.core.errors import CheckpointError, ConfigError
-from pippin.core.module import Params, flatten_params, merge, split
-from pippin.layers.cache_paged import assign_pages
+from pippin.core.config_tree import transform
+from pippin.core.errors import CheckpointError
+from pippin.core.module import Params, flatten_params, merge, parameter_infos, split
+from pippin.layers.cache_paged import assign_pages, map_cache
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.context import Cache
 from pippin.layers.kernel_config import SelectKernelConfig
 from pippin.layers.kernel_paged_config import paged
-from pippin.layers.linear_config import multi_lora
-from pippin.layers.linear_multi_lora import adapter_shapes, assign_adapters, with_adapter, with_room
-from pippin.layers.stack_config import ParallelTracksConfig
-from pippin.layers.unrolled import unrolled, untied
+from pippin.layers.linear_multi_lora import adapter_shapes, assign_adapters, with_adapter
 from pippin.serve.engine.request import Sampled, Sums
 from pippin.serve.engine.scheduler import Limits, Row, doublings
 from pippin.serve.errors import PreconditionError
+from pippin.serve.form import Form
+from pippin.serve.placement import Placement
 from pippin.serve.sampler import Sampler, compiler_options
 
 # The least tokens of a program for prompts: from 36 on, products on a CPU sum in one order (see `Limits.answer_rows`).
 _LEAST_CHUNK_TOKENS = 64
+
+_PLAIN = Form()
 
 _COMPILING_THREADS = 2  # the compiler itself has more
 
@@ -62,14 +64,6 @@ class Shape(NamedTuple):
     with_adapters: bool = False  # whether any row has one
 
 
-@dataclasses.dataclass(frozen=True)
-class AdapterRoom:
-    """How many adapters a model has room for, and of which rank."""
-
-    count: int
-    rank: int
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Results:
@@ -79,6 +73,15 @@ class _Results:
 
     logits: Any  # [R, V], after its last token
     sums: Any  # [R, D], of the hidden states of its tokens; None: the program is for answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A program, and the shapes of what it is given."""
+
+    program: jax.stages.Lowered
+    params: Params
+    cache: Cache
 
 
 class ModelRunner:
@@ -93,25 +96,23 @@ class ModelRunner:
         cfg: CausalLMConfig,
         params: Mapping[str, Any],
         limits: Limits,
-        room: AdapterRoom | None = None,
+        form: Form = _PLAIN,
     ):
-        """Takes a model's config and its parameters.
+        """Takes a trained model's config and its parameters, the sizes, and the form to serve it in.
 
         Raises:
-            ConfigError: it is to have room for adapters, and has a part that cannot.
+            ConfigError: the model cannot have that form.
+            ShardingError: so many devices cannot share the model.
         """
-        trained = cfg
-        cfg, params = _formed(cfg, params, room)
-        cfg = _in_pages(cfg, limits.page_size, limits.num_pages)
-        self.limits, self.room = limits, room
-        self._table_size = -(-limits.max_context // limits.page_size)
-        definition, _ = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
-        self._params: Params = _placed(params)
-        self._trained = trained
-        self._empty = jax.jit(partial(_empty_cache, definition, self._table_size * limits.page_size))
-        self._step = jax.jit(
-            partial(_step, definition), donate_argnums=1, compiler_options=compiler_options()
-        )
+        self.limits, self.form, self._trained = limits, form, cfg
+        cfg, params = form.of(cfg, params)
+        cfg = _in_pages(cfg, limits.page_size, limits.num_pages, form.int8_cache)
+        self._table_size = _table_size(limits)
+        model = nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0)))
+        definition, _ = split(model)
+        self._infos = parameter_infos(model)
+        self._params = self._placed(params)
+        self._empty, self._step = _functions(definition, self._params, limits, form.placement)
         self._programs: dict[Shape, jax.stages.Compiled] = {}  # shape -> program, once warmed up
         self._sampler = Sampler(cfg.vocab_size)
         self._cache: Cache = self._empty(self._params)
@@ -138,7 +139,9 @@ class ModelRunner:
                     f"the adapter is for a linear map {path} of {got[0]} inputs and {got[1]} outputs; "
                     f"the model's has {shapes.get(path, 'no room for one')}."
                 )
-        self._params = with_adapter(self._params, slot, maps)
+        changed = with_adapter(self._params, slot, maps)
+        # Where they lay: the programs were compiled for that.
+        self._params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), changed, self._params)
 
     def prepare(self, params: Mapping[str, Any]) -> Params:
         """Other parameters of the same model, as `exchange` takes them. Steps may be computed meanwhile.
@@ -146,7 +149,7 @@ class ModelRunner:
         Raises:
             PreconditionError: they have other names, shapes or dtypes.
         """
-        _, params = _formed(self._trained, params, self.room)
+        _, params = self.form.of(self._trained, params)
         new, old = flatten_params(params), flatten_params(self._params)
         different = sorted({n for n in {*new, *old} if _kind(new.get(n)) != _kind(old.get(n))})
         if different:
@@ -155,7 +158,7 @@ class ModelRunner:
                 f"The weights are those of another model: {name} is {_kind(new.get(name))}, and "
                 f"{_kind(old.get(name))} is served."
             )
-        return _placed(params)
+        return self._placed(params)
 
     def exchange(self, prepared: Params) -> None:
         """Computes with other parameters from now on. What pages hold is of no use any more."""
@@ -181,7 +184,7 @@ class ModelRunner:
         """Of all programs."""
         return [
             Shape(rows, tokens, with_adapters)
-            for with_adapters in ([False] if self.room is None else [False, True])
+            for with_adapters in ([False] if self.form.room is None else [False, True])
             for counts, tokens in (
                 (self.limits.answer_rows, 1),
                 (self._chunk_counts(), self.limits.row_tokens),
@@ -202,7 +205,9 @@ class ModelRunner:
             return time.monotonic() - start, program
 
         # Not the arrays, which the first program to be run takes over.
-        cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self._cache)
+        cache = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self._cache
+        )
         # While one is traced, which takes Python's lock, others are compiled or read.
         with concurrent.futures.ThreadPoolExecutor(_COMPILING_THREADS) as threads:
             for shape, (seconds, program) in zip(
@@ -234,9 +239,16 @@ class ModelRunner:
                 yield part, Shape(next(n for n in counts if n >= len(part)), tokens, with_adapters)
 
     def _compute(self, pieces: Sequence[_Piece], shape: Shape) -> "_Results":
-        program = self._programs.get(shape, self._step)
+        program: Any = self._programs.get(shape, self._step)
         results, self._cache = program(self._params, self._cache, *self._inputs(pieces, shape))
-        return results
+        # Those of the first device, where several have the same.
+        return jax.tree.map(lambda a: a.addressable_data(0), results)
+
+    def _placed(self, params: Params) -> Params:
+        """Parameters in the form in which they are served, on the devices."""
+        if self.form.placement is None:
+            return jax.tree.map(jnp.asarray, params)
+        return self.form.placement.place(self._infos, params)
 
     def _inputs(self, pieces: Sequence[_Piece], shape: Shape) -> tuple[np.ndarray, ...]:
         """The tokens, positions, tables of pages, places to read, and adapters of a program."""
@@ -255,36 +267,12 @@ class ModelRunner:
         return tokens, positions, tables, read, adapters if shape.with_adapters else adapters[:0]
 
 
-def _with_room(cfg: CausalLMConfig, params: Params, room: AdapterRoom) -> tuple[CausalLMConfig, Params]:
-    """The same model with room for adapters in its linear maps."""
-    for _, part in traverse(cfg):
-        if isinstance(part, ParallelTracksConfig):
-            raise ConfigError(
-                "a model with ParallelTracks has no room for adapters. Serve it without --adapters."
-            )
-    roomy = multi_lora(num_adapters=room.count, rank=room.rank)(cfg.set(head=None)).set(head=cfg.head)
-    _, shapes = split(nnx.eval_shape(lambda: roomy.build(rngs=nnx.Rngs(0))))
-    return roomy, with_room(params, shapes, jnp.dtype(cfg.activation_dtype.value))
-
-
-def _formed(
-    cfg: CausalLMConfig, params: Mapping[str, Any], room: AdapterRoom | None
-) -> tuple[CausalLMConfig, Params]:
-    """A trained model in the form in which it is computed."""
-    cfg, params = untied(*unrolled(cfg, params))
-    return (cfg, params) if room is None else _with_room(cfg, params, room)
-
-
-def _placed(params: Params) -> Params:
-    return jax.tree.map(jnp.asarray, params)
-
-
 def _kind(array: Any) -> str:
     """Its dtype and shape, as text."""
     return "absent" if array is None else f"{array.dtype}{list(array.shape)}"
 
 
-def _in_pages(cfg: CausalLMConfig, page_size: int, num_pages: int) -> CausalLMConfig:
+def _in_pages(cfg: CausalLMConfig, page_size: int, num_pages: int, int8: bool) -> CausalLMConfig:
     """The same model with a cache in pages, whose attention is computed by what suits this machine.
 
     A model may come with the kernels that suited the one that trained it.
@@ -293,15 +281,84 @@ def _in_pages(cfg: CausalLMConfig, page_size: int, num_pages: int) -> CausalLMCo
     def choose(node: Config) -> Config:
         return SelectKernelConfig() if node.PROVIDES == "attention_kernel" else node
 
-    return paged(page_size=page_size, num_pages=num_pages)(transform(cfg, choose))
+    return paged(page_size=page_size, num_pages=num_pages, int8=int8)(transform(cfg, choose))
 
 
-def page_bytes(cfg: CausalLMConfig, page_size: int) -> int:
+def page_bytes(cfg: CausalLMConfig, page_size: int, *, int8: bool = False) -> int:
     """What one page of the cache of a model takes, in all its layers."""
-    cfg = _in_pages(cfg, page_size, 1)
+    cfg = _in_pages(cfg, page_size, 1, int8)
     definition, params = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
     cache = jax.eval_shape(partial(_empty_cache, definition, page_size), params)
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache) if a.dtype != jnp.int32)
+
+
+def lower_step(cfg: CausalLMConfig, limits: Limits, form: Form, shape: Shape) -> Lowered:
+    """The program of a step for devices that need not be here.
+
+    Args:
+        cfg: of a trained model.
+        limits: the sizes.
+        form: of the model; it has a placement.
+        shape: of the program.
+
+    Raises:
+        ShardingError: so many devices cannot share the model.
+    """
+    placement = form.placement
+    assert placement is not None
+    dtype, forms = jnp.dtype(cfg.activation_dtype.value), []
+    _, trained = split(nnx.eval_shape(lambda: cfg.build(rngs=nnx.Rngs(0))))
+
+    def formed(params: Params) -> Params:
+        changed, params = form.of(cfg, jax.tree.map(lambda a: a.astype(dtype), params))
+        forms.append(_in_pages(changed, limits.page_size, limits.num_pages, form.int8_cache))
+        return params
+
+    params = jax.eval_shape(formed, trained)
+    model = nnx.eval_shape(lambda: forms[0].build(rngs=nnx.Rngs(0)))
+    definition, _ = split(model)
+    params = jax.tree.map(lambda info, a: _shape_of(placement, a, info.axes), parameter_infos(model), params)
+    empty, step = _functions(definition, params, limits, placement)
+    cache = map_cache(partial(_shape_of, placement), jax.eval_shape(empty, params))
+    tokens, tables, read, adapters = (
+        jax.ShapeDtypeStruct(size, jnp.int32)
+        for size in (
+            (shape.rows, shape.tokens),
+            (shape.rows, _table_size(limits)),
+            (shape.rows,),
+            (shape.rows if shape.with_adapters else 0,),
+        )
+    )
+    return Lowered(step.lower(params, cache, tokens, tokens, tables, read, adapters), params, cache)
+
+
+def _functions(
+    definition: nnx.GraphDef, params: Params, limits: Limits, placement: Placement | None
+) -> tuple[Any, Any]:
+    """What makes an empty cache of a model with these parameters, and what computes a step; see `_step`.
+
+    The logits of a step lie on every device, as does all that it is given but parameters and cache.
+    """
+    empty = partial(_empty_cache, definition, _table_size(limits) * limits.page_size)
+    step = partial(_step, definition, placement)
+    if placement is None:
+        return jax.jit(empty), jax.jit(step, donate_argnums=1, compiler_options=compiler_options())
+    of_cache = map_cache(placement.sharding, jax.eval_shape(empty, params))
+    options = compiler_options(placement.platform)
+    to = placement.everywhere(), of_cache
+    return (
+        jax.jit(empty, out_shardings=of_cache),
+        jax.jit(step, donate_argnums=1, out_shardings=to, compiler_options=options),
+    )
+
+
+def _shape_of(placement: Placement, array: Any, axes: Sequence[str | None]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placement.sharding(array, axes))
+
+
+def _table_size(limits: Limits) -> int:
+    """Pages of the longest text."""
+    return -(-limits.max_context // limits.page_size)
 
 
 def _empty_cache(definition: nnx.GraphDef, max_len: int, params: Params) -> Cache:
@@ -310,6 +367,7 @@ def _empty_cache(definition: nnx.GraphDef, max_len: int, params: Params) -> Cach
 
 def _step(
     definition: nnx.GraphDef,
+    placement: Placement | None,
     params: Params,
     cache: Cache,
     tokens: Int[Array, "R T"],
@@ -319,10 +377,11 @@ def _step(
     adapters: Int[Array, " A"],
 ) -> tuple[_Results, Cache]:
     model = merge(definition, assign_adapters(params, adapters))
-    cache = assign_pages(cache, tables)
-    if tokens.shape[1] > 1:
-        logits, sums, cache = model.extend_and_sum_at(tokens, positions, cache, read)
-    else:
-        (logits, cache), sums = model.extend_at(tokens, positions, cache, read), None
+    cache, sums = assign_pages(cache, tables), None
+    with contextlib.nullcontext() if placement is None else placement.block():
+        if tokens.shape[1] > 1:
+            logits, sums, cache = model.extend_and_sum_at(tokens, positions, cache, read)
+        else:
+            logits, cache = model.extend_at(tokens, positions, cache, read)
     # The cache goes out as it came in, so that its memory is used again.
     return _Results(logits, sums), assign_pages(cache, tables[:1])

@@ -25,7 +25,8 @@ from pippin.serve.engine.draft_model import DraftModel
 from pippin.serve.engine.engine import Engine
 from pippin.serve.engine.request import Adapter, FinishReason, Request, Sampling
 from pippin.serve.engine.scheduler import Limits, Row, Scheduler
-from pippin.serve.runner import AdapterRoom, ModelRunner
+from pippin.serve.form import AdapterRoom, Form
+from pippin.serve.runner import ModelRunner, page_bytes
 
 _TINY = override(
     smollm2_135m(),
@@ -55,6 +56,7 @@ _SHARED = afm_on_device_2025(
     hidden_dim=48,
 ).set(activation_dtype=FloatType.FLOAT32)
 _SMALLER = override(_TINY, {"decoder.num_layers": 1})
+_FORM, _INT8 = Form(), Form(int8_weights=True, int8_cache=True)
 _LIMITS = Limits(num_pages=256, page_size=4, longest=96, max_requests=32, chunk_tokens=128, row_tokens=16)
 
 
@@ -70,8 +72,8 @@ def _model(cfg):
 
 
 @functools.cache
-def _runner(cfg, limits=_LIMITS):
-    return ModelRunner(cfg, _model(cfg)[1], limits)
+def _runner(cfg, limits=_LIMITS, form=_FORM):
+    return ModelRunner(cfg, _model(cfg)[1], limits, form)
 
 
 def _request(i, *, max_tokens=12, length=None, **sampling):
@@ -84,9 +86,9 @@ def _request(i, *, max_tokens=12, length=None, **sampling):
     return Request(request_id=str(i), prompt=prompt, max_tokens=max_tokens, sampling=given, text=False)
 
 
-def _serve(cfg, requests, limits=_LIMITS, runner=None, draft=None):
+def _serve(cfg, requests, limits=_LIMITS, form=_FORM, runner=None, draft=None):
     """The tokens of each request, which are served together."""
-    runner = runner or _runner(cfg, limits)
+    runner = runner or _runner(cfg, limits, form)
     runner.reset()
     draft_model = None if draft is None else DraftModel(draft)
     engine = Engine(runner, limits, lambda token: b"", draft_model=draft_model)
@@ -134,6 +136,36 @@ def test_an_answer_is_the_same_alone_and_among_thirty(sampling):
         assert alone[request.request_id] == together[request.request_id]
 
 
+@pytest.mark.parametrize("cfg", [_TINY, _SHARED], ids=["llama", "shared keys"])
+def test_so_it_is_of_int8_weights_keys_and_values(cfg):
+    requests = [_request(i, logprobs=2, temperature=0.5 * (i % 2)) for i in range(31)]
+    together = _serve(cfg, requests, form=_INT8)
+    for request in requests[::10]:
+        alone = _serve(cfg, [request], form=_INT8)
+        assert alone[request.request_id] == together[request.request_id]
+    tight = Limits(num_pages=40, page_size=4, longest=96, max_requests=32)
+    scarce = _serve(cfg, requests[:8], tight, _INT8)
+    assert scarce == {name: told for name, told in together.items() if int(name) < 8}
+
+
+def test_int8_says_nearly_what_floats_say():
+    requests = [_request(i, logprobs=1, max_tokens=1) for i in range(31)]
+    floats, numbers = (_serve(_TINY, requests, form=form) for form in (_FORM, _INT8))
+    moved = [abs(floats[n][0].logprob - numbers[n][0].logprob) for n in floats]
+    assert 0 < np.median(moved) < 0.05, moved
+    assert sum(floats[n][0].token == numbers[n][0].token for n in floats) >= 28
+
+
+def test_an_int8_cache_has_more_pages_of_the_same_memory():
+    for cfg, head_dim in ((_TINY, 16), (_SHARED, 8)):
+        # Of each head and token: its numbers, and a scale of four bytes.
+        expected = (head_dim + 4) / (4 * head_dim)
+        assert page_bytes(cfg, 16, int8=True) == expected * page_bytes(cfg, 16)
+    runner = _runner(_TINY, _LIMITS, _INT8)
+    held = sum(a.nbytes for a in jax.tree.leaves(runner._cache) if a.dtype != np.int32)
+    assert held == _LIMITS.num_pages * page_bytes(_TINY, _LIMITS.page_size, int8=True)
+
+
 def test_an_answer_is_the_same_when_pages_ran_out_and_it_was_computed_again():
     tight = Limits(num_pages=30, page_size=4, longest=96, max_requests=32)
     requests = [_request(i, max_tokens=20, temperature=1.0, logprobs=1) for i in range(8)]
@@ -163,7 +195,7 @@ def _maps(seed, rank):
 
 @functools.cache
 def _roomy():
-    return ModelRunner(_TINY, _model(_TINY)[1], _LIMITS, AdapterRoom(count=3, rank=4))
+    return ModelRunner(_TINY, _model(_TINY)[1], _LIMITS, Form(room=AdapterRoom(count=3, rank=4)))
 
 
 def _with_adapters(requests):

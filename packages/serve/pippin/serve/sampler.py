@@ -19,14 +19,17 @@ _log = logging.getLogger(__name__)
 _NONE = Sampled(-1)
 
 
-def compiler_options() -> dict[str, str]:
+def compiler_options(platform: str | None = None) -> dict[str, str]:
     """What XLA needs to be told so that a row's numbers do not depend on how many rows there are.
 
     On CPUs, it would leave sums along rows to a library where an array has 4,096 numbers or more, and not where it has
     fewer: in another order. Products are left to the library in any case.
+
+    Args:
+        platform: what the program is for, by JAX's name; None: this machine.
     """
     on_cpu = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-    return on_cpu if jax.default_backend() == "cpu" else {}
+    return on_cpu if (platform or jax.default_backend()) == "cpu" else {}
 
 
 @jax.tree_util.register_dataclass

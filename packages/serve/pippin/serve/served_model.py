@@ -56,6 +56,9 @@ class ServedModel:
     name: str
     vocab_size: int
     context_length: int  # tokens of prompt and output
+    weights_dtype: str = "float32"  # of linear maps
+    cache_dtype: str = "float32"  # of keys and values
+    num_devices: int = 1  # that share it
     stop_ids: frozenset[int] = frozenset()  # that end a text
     # The ids of a text, with what the model wants before each; None: there is no tokenizer.
     encode: Callable[[str], Sequence[int]] | None = None

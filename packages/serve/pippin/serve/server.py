@@ -138,7 +138,9 @@ async def _start(options: Options, backend: Backend, undo: contextlib.AsyncExitS
     if options.probe_address:
         anybody = Guard(Authenticator(Identities(None)), limits.slow_reader_timeout_s)
         probe_address = listen(options.probe_address, anybody, shared, None)
-    metrics = Metrics(backend.model.name, engine.limits.num_pages, engine.limits.page_size)
+    metrics = Metrics(
+        backend.model.name, engine.limits.num_pages, engine.limits.page_size, backend.model.cache_dtype
+    )
     metrics.watch(engine.load)
     if backend.model.adapters is not None:
         metrics.watch_adapters(backend.model.adapters)
@@ -258,6 +260,9 @@ def open_backend(options: Options) -> Backend:
         max_requests=options.max_requests,
         chunk_tokens=options.chunk_tokens,
         max_drafts=options.max_drafts,
+        tensor_parallel=options.tensor_parallel,
+        int8_weights=options.weights == "int8",
+        int8_cache=options.kv_cache == "int8",
     )
     queue = QueueLimits(
         max_waiting=options.max_waiting,

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from pippin.train.hardware.accelerator import parse_target
+    from pippin.core.hardware.accelerator import parse_target
 
     added = load_file(args.recipe_file) if args.recipe_file else []
     name = choose_recipe(args.recipe, args.recipe_file, added)

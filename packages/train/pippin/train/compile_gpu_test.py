@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pippin.core.hardware.accelerator import parse_target
+from pippin.core.hardware.topology import topology
 from pippin.train.compile import main
-from pippin.train.hardware.accelerator import parse_target
 from pippin.train.hardware.flops import Flops, matmul_flops
-from pippin.train.hardware.topology import topology
 
 pytestmark = [
     pytest.mark.skipif(

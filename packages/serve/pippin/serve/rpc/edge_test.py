@@ -126,6 +126,7 @@ async def test_the_model_claims_what_it_can_and_no_more():
         assert list(model.capabilities) == can
         assert model.limits.max_logprob_values == 1 << 18
         assert (model.name, model.context_length, model.limits.max_n) == ("letters", 512, 16)
+        assert (model.weights_dtype, model.cache_dtype, model.num_devices) == ("float32", "float32", 1)
         async with fails_with(grpc.StatusCode.UNIMPLEMENTED) as error:
             await served.generate(regex="a+")
         assert details_of(error[0])["ErrorInfo"].reason == "UNSUPPORTED"

@@ -125,6 +125,9 @@ class InferenceService:
                 max_logprob_values=limits.max_logprob_values,
             ),
             server_version=server_version(),
+            weights_dtype=model.weights_dtype,
+            cache_dtype=model.cache_dtype,
+            num_devices=model.num_devices,
         )
 
     async def embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:

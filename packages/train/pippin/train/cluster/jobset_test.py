@@ -12,11 +12,11 @@ import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from pippin.core.errors import ConfigError
+from pippin.core.hardware.accelerator import parse_target
 from pippin.train.cluster.backend import ClusterError, Phase
 from pippin.train.cluster.exit_codes import Outcome
 from pippin.train.cluster.jobset import JobSetBackend, manifest, read_status
 from pippin.train.cluster.launch_spec import LaunchSpec
-from pippin.train.hardware.accelerator import parse_target
 
 _KUBERNETES = "1.37"
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from pippin.core.errors import ConfigError
-from pippin.train.hardware.accelerator import Target
+from pippin.core.hardware.accelerator import Target
 
 MODULE = "pippin.train.launch"  # what every process runs, with `arguments`
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from pippin.core.errors import ConfigError
+from pippin.core.hardware.accelerator import parse_target
 from pippin.train.cluster.launch_spec import LaunchSpec, parse_duration
 from pippin.train.cluster.options import add_options, job_arguments, launch_spec
-from pippin.train.hardware.accelerator import parse_target
 
 
 def spec(**fields: Any) -> LaunchSpec:

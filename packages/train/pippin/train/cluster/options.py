@@ -77,7 +77,7 @@ def launch_spec(args: argparse.Namespace, recipe: str, out: Path, arguments: Seq
     Raises:
         ConfigError: an option is not as it must be.
     """
-    from pippin.train.hardware.accelerator import parse_target
+    from pippin.core.hardware.accelerator import parse_target
 
     if args.target and args.num_processes > 1:
         raise ConfigError(

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from pippin.core.errors import ConfigError
+from pippin.core.hardware.accelerator import parse_target
 from pippin.train.cluster import ray_jobs
 from pippin.train.cluster.backend import ClusterError, Phase
 from pippin.train.cluster.exit_codes import ERROR, Outcome
 from pippin.train.cluster.launch_spec import LaunchSpec
 from pippin.train.cluster.ray_jobs import RayBackend, ray_job
-from pippin.train.hardware.accelerator import parse_target
 
 _RECIPES = """
 from pippin.train.recipe import recipe

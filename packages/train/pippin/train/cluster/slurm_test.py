@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from pippin.core.errors import ConfigError
+from pippin.core.hardware.accelerator import parse_target
 from pippin.train import jobs
 from pippin.train.cluster.backend import ClusterError, Phase
 from pippin.train.cluster.exit_codes import ERROR, PREEMPTED
 from pippin.train.cluster.launch_spec import LaunchSpec
 from pippin.train.cluster.slurm import SlurmBackend
-from pippin.train.hardware.accelerator import parse_target
 
 _TOOLS = ("munged", "slurmctld", "slurmd", "sbatch")
 

@@ -13,14 +13,14 @@ from flax import nnx
 
 from pippin.core.config_tree import transform
 from pippin.core.errors import ConfigError
+from pippin.core.hardware.accelerator import Target
+from pippin.core.hardware.profile import Profile, read_profile
+from pippin.core.hardware.topology import topology
 from pippin.core.module import merge, split
 from pippin.layers.kernel_config import ReferenceKernelConfig
 from pippin.layers.kernel_select import Choice, record_choices
-from pippin.train.hardware.accelerator import Target
 from pippin.train.hardware.flops import Flops, function_flops, matmul_flops
 from pippin.train.hardware.mesh_rules import Applied, apply_mesh_rules
-from pippin.train.hardware.profile import Profile, read_profile
-from pippin.train.hardware.topology import topology
 from pippin.train.trainer import abstract_batch
 
 # What libtpu says of a program that does not fit: its "temporaries" are all that it needs, arguments included.

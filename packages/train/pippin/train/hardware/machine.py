@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
+from pippin.core.hardware.accelerator import target_of
 from pippin.core.mesh_config import num_slices
-from pippin.train.hardware.accelerator import target_of
 from pippin.train.hardware.mesh_rules import Applied, apply_mesh_rules
 
 

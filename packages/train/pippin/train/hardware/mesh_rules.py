@@ -14,10 +14,10 @@ from typing import Any
 from pippin.core.config import Config, field_hints
 from pippin.core.config_tree import diff, show, transform
 from pippin.core.errors import ConfigError
+from pippin.core.hardware.accelerator import Target
 from pippin.core.mesh_config import MESH_AXES
 from pippin.core.registry import component_name
 from pippin.layers.linear_config import quantize_matmuls
-from pippin.train.hardware.accelerator import Target
 from pippin.train.hardware.mesh_rules_config import (
     MeshRuleConfig,
     SetAccumulationConfig,

@@ -6,12 +6,12 @@ from flax import nnx
 
 from pippin.core.config_tree import override
 from pippin.core.errors import ConfigError
+from pippin.core.hardware.accelerator import parse_target
 from pippin.core.mesh_config import MESH_AXES
 from pippin.core.module import parameter_infos
 from pippin.layers.causal_lm_config import FloatType
 from pippin.layers.linear_config import MatmulType
 from pippin.layers.stack_config import PipelineConfig, Remat
-from pippin.train.hardware.accelerator import parse_target
 from pippin.train.hardware.mesh_rules import apply_mesh_rules
 from pippin.train.hardware.mesh_rules_config import (
     MeshRuleConfig,

@@ -7,7 +7,7 @@ import re
 
 from pippin.core.config import nearest
 from pippin.core.errors import ConfigError
-from pippin.train.hardware.device import DEVICES, Device
+from pippin.core.hardware.device import DEVICES, Device
 
 # Chips -> the torus of a slice, as Google Cloud offers it.
 _SLICES = {

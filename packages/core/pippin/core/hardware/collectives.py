@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from pippin.train.hardware.hlo import Instruction, Program, Step, array_bytes, elements
+from pippin.core.hardware.hlo import Instruction, Program, Step, array_bytes, elements
 
 _KINDS = (
     "all-gather",

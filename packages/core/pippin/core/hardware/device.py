@@ -20,7 +20,6 @@ class Gpu:
     cores: int  # streaming multiprocessors
     clock_hz: float
     cache_bytes: int  # the second level
-    memory_bandwidth: float  # bytes a second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +30,7 @@ class Device:
     memory_bytes: float
     peak_flops: float  # a second, in bfloat16
     link_bandwidth: float  # bytes a second to others of its slice or node, all links together, one way
+    memory_bandwidth: float = 0.0  # bytes a second
     network_bandwidth: float = 0.0  # bytes a second to other nodes or slices, one way
     node_size: int = 0  # devices that its links reach; 0: all of a slice
     clock_hz: float = 0.0  # of a TPU's matrix units
@@ -65,6 +65,7 @@ DEVICES = {
             16 * _GIB,
             197 * _T,
             200 * _GB,
+            memory_bandwidth=819 * _GB,
             network_bandwidth=3.125 * _GB,
             clock_hz=1.5e9,
             topology_dims=2,
@@ -76,6 +77,7 @@ DEVICES = {
             95 * _GIB,
             459 * _T,
             600 * _GB,
+            memory_bandwidth=2765 * _GB,
             network_bandwidth=6.25 * _GB,
             clock_hz=1.75e9,
             units_per_device=2,
@@ -88,6 +90,7 @@ DEVICES = {
             32 * _GIB,
             918 * _T,
             448 * _GB,
+            memory_bandwidth=1638 * _GB,
             network_bandwidth=12.5 * _GB,
             clock_hz=1.75e9,
             topology_dims=2,
@@ -99,6 +102,7 @@ DEVICES = {
             96 * _GIB,
             2307 / 2 * _T,
             300 * _GB,
+            memory_bandwidth=7380 / 2 * _GB,
             network_bandwidth=6.25 * _GB,
             clock_hz=2.2e9,
             devices_per_chip=2,
@@ -111,30 +115,33 @@ DEVICES = {
             84_942_979_072.0,
             989 * _T,
             450 * _GB,
+            memory_bandwidth=3.35 * _T,
             network_bandwidth=50 * _GB,
             node_size=8,
             jax_names=("NVIDIA H100",),
-            gpu=Gpu("NVIDIA H100 80GB HBM3", 9, 132, 1.98e9, 50 * 2**20, 3.35 * _T),
+            gpu=Gpu("NVIDIA H100 80GB HBM3", 9, 132, 1.98e9, 50 * 2**20),
         ),
         Device(
             "gpu-h200",
             151_397_597_184.0,
             989 * _T,
             450 * _GB,
+            memory_bandwidth=4.8 * _T,
             network_bandwidth=50 * _GB,
             node_size=8,
             jax_names=("NVIDIA H200",),
-            gpu=Gpu("NVIDIA H200", 9, 132, 1.98e9, 50 * 2**20, 4.8 * _T),
+            gpu=Gpu("NVIDIA H200", 9, 132, 1.98e9, 50 * 2**20),
         ),
         Device(
             "gpu-b200",
             191_514_411_008.0,
             2250 * _T,
             900 * _GB,
+            memory_bandwidth=8 * _T,
             network_bandwidth=50 * _GB,
             node_size=8,
             jax_names=("NVIDIA B200",),
-            gpu=Gpu("NVIDIA B200", 10, 148, 1.965e9, 132_644_864, 8 * _T),
+            gpu=Gpu("NVIDIA B200", 10, 148, 1.965e9, 132_644_864),
         ),
         Device("cpu", 0.0, 0.0, 0.0, jax_names=("cpu",)),
     )

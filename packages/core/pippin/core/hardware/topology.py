@@ -11,9 +11,9 @@ from typing import Any
 from jax.experimental import topologies
 
 from pippin.core.errors import ConfigError
-from pippin.train.hardware.accelerator import Target
-from pippin.train.hardware.device import DEVICES
-from pippin.train.hardware.gpu_compiler import cudnn_left_out, gpu_description, gpu_options
+from pippin.core.hardware.accelerator import Target
+from pippin.core.hardware.device import DEVICES
+from pippin.core.hardware.gpu_compiler import cudnn_left_out, gpu_description, gpu_options
 
 # libtpu asks the machine which TPU it is a part of, unless it is told.
 _NO_TPU_HERE = {
@@ -34,28 +34,30 @@ class Topology:
     left_out: str = ""  # what is not compiled here, and why
 
 
-def topology(target: Target) -> Topology:
+def topology(target: Target, package: str = "train") -> Topology:
     """What a target is to its compiler.
+
+    Args:
+        target: the devices.
+        package: of pippin, whose command this is for: for messages.
 
     Raises:
         ConfigError: there is no compiler for it here, or no such accelerator.
     """
     match target.platform:
         case "tpu":
-            return Topology(_tpus(target), {})
+            return Topology(_tpus(target, package), {})
         case "gpu":
-            return _gpus(target)
+            return _gpus(target, package)
         case _:
             raise ConfigError(
-                f"{target.name} is no accelerator: a step for this machine is compiled by launch. Name one of "
+                f"{target.name} is no accelerator: steps for this machine are compiled where they run. Name one of "
                 f"{', '.join(kind for kind, device in DEVICES.items() if device.peak_flops)}."
             )
 
 
-def _tpus(target: Target) -> Sequence[Any]:
-    _require(
-        "libtpu", "libtpu, which has the compiler for TPUs,", "bazel run //packages/train:compile", "tpu"
-    )
+def _tpus(target: Target, package: str) -> Sequence[Any]:
+    _require("libtpu", "libtpu, which has the compiler for TPUs,", package, "compile", "tpu")
     for name, value in _NO_TPU_HERE.items():
         os.environ.setdefault(name, value)
     name = f"{target.device.libtpu_name}:{'x'.join(map(str, target.torus()))}"
@@ -70,9 +72,9 @@ def _tpus(target: Target) -> Sequence[Any]:
         ) from None
 
 
-def _gpus(target: Target) -> Topology:
+def _gpus(target: Target, package: str) -> Topology:
     plugin = "JAX's CUDA plugin, which has the compiler for NVIDIA GPUs (4.9 GB),"
-    _require("jax_cuda12_plugin", plugin, "bazel run //packages/train:compile_gpu", "cuda")
+    _require("jax_cuda12_plugin", plugin, package, "compile_gpu", "cuda")
     nodes, size = target.nodes()
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # JAX looks for a GPU and its libraries
     left_out = cudnn_left_out()
@@ -88,6 +90,9 @@ def _gpus(target: Target) -> Topology:
     return Topology(found.devices, gpu_options(with_cudnn=not left_out), left_out)
 
 
-def _require(module: str, what: str, command: str, extra: str) -> None:
+def _require(module: str, what: str, package: str, command: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"{what} is not installed. Use {command}, or pip install 'pippin-train[{extra}]'.")
+        raise ConfigError(
+            f"{what} is not installed. Use bazel run //packages/{package}:{command}, or pip install "
+            f"'pippin-{package}[{extra}]'."
+        )

@@ -6,11 +6,11 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-from pippin.train.hardware.collectives import Collective, is_collective, read_collectives
-from pippin.train.hardware.crossings import read_crossings
-from pippin.train.hardware.device import Device
-from pippin.train.hardware.hlo import Program, Step
-from pippin.train.hardware.roofline import moved_bytes, seconds
+from pippin.core.hardware.collectives import Collective, is_collective, read_collectives
+from pippin.core.hardware.crossings import read_crossings
+from pippin.core.hardware.device import Device
+from pippin.core.hardware.hlo import Program, Step
+from pippin.core.hardware.roofline import moved_bytes, seconds
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _NO_ESTIMATE = 2**62  # libtpu writes 2^63 - 1 where it has none

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import re
 
-from pippin.train.hardware.collectives import is_collective
-from pippin.train.hardware.device import Device
-from pippin.train.hardware.hlo import Instruction, Program, Step, array_bytes, attribute, dims, elements
+from pippin.core.hardware.collectives import is_collective
+from pippin.core.hardware.device import Device
+from pippin.core.hardware.hlo import Instruction, Program, Step, array_bytes, attribute, dims, elements
 
 _ON_CHIP = re.compile(r"[a-z]+\d*\[[\d,]*\]\{[^{}]*S\([1-9]\d*\)[^{}]*\}")
 
@@ -42,7 +42,7 @@ def seconds(program: Program, step: Step, device: Device) -> float:
         return 0.0
     return max(
         _matmul_seconds(program, step.inside, step.instruction, device.peak_flops),
-        moved_bytes(program, step) / device.gpu.memory_bandwidth,
+        moved_bytes(program, step) / device.memory_bandwidth,
     )
 
 

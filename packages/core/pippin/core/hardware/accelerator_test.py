@@ -1,8 +1,8 @@
 import pytest
 
 from pippin.core.errors import ConfigError
-from pippin.train.hardware.accelerator import parse_target, target_of
-from pippin.train.hardware.device import DEVICES
+from pippin.core.hardware.accelerator import parse_target, target_of
+from pippin.core.hardware.device import DEVICES
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from pippin.train.hardware.collectives import Collective, Groups, groups_by_axes
-from pippin.train.hardware.hlo import Instruction, Program, array_bytes, elements
+from pippin.core.hardware.collectives import Collective, Groups, groups_by_axes
+from pippin.core.hardware.hlo import Instruction, Program, array_bytes, elements
 
 _KINDS = {
     "ALL_GATHER": "all-gather",

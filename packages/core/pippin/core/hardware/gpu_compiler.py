@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pippin.train.hardware.device import Device
+from pippin.core.hardware.device import Device
 
 _FIRST_CUDNN_THAT_ASKS_FOR_MORE = (
     9,
@@ -53,7 +53,7 @@ def gpu_description(device: Device) -> str:
           core_count: {gpu.cores}
           fpus_per_core: 128
           clock_rate_ghz: {gpu.clock_hz / 1e9}
-          memory_bandwidth: {gpu.memory_bandwidth:.0f}
+          memory_bandwidth: {device.memory_bandwidth:.0f}
           device_memory_size: {device.memory_bytes:.0f}
           l2_cache_size: {gpu.cache_bytes}
           threads_per_block_limit: 1024

@@ -2,8 +2,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from pippin.train.hardware.device import Device, Gpu
-from pippin.train.hardware.profile import Profile, read_profile
+from pippin.core.hardware.device import Device, Gpu
+from pippin.core.hardware.profile import Profile, read_profile
 
 _MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 _TPU = Device("tpu-test", 0.0, 1.0, link_bandwidth=1.0, clock_hz=1.0)
@@ -173,8 +173,9 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def _gpu(peak_flops: float, memory_bandwidth: float) -> Profile:
-    gpu = Gpu("test", 9, 1, 1.0, 1, memory_bandwidth)
-    return read_profile(_GPU_TEXT, _MESH, Device("gpu-test", 0.0, peak_flops, 1.0, gpu=gpu))
+    gpu = Gpu("test", 9, 1, 1.0, 1)
+    device = Device("gpu-test", 0.0, peak_flops, 1.0, memory_bandwidth=memory_bandwidth, gpu=gpu)
+    return read_profile(_GPU_TEXT, _MESH, device)
 
 
 def test_a_gpu_s_matmuls_are_bound_by_its_peak_and_float32_by_half_of_it() -> None:

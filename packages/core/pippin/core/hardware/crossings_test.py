@@ -1,10 +1,10 @@
 import pytest
 
-from pippin.train.hardware.collectives import Collective
-from pippin.train.hardware.crossings import read_crossings
-from pippin.train.hardware.device import Device
-from pippin.train.hardware.hlo import Program
-from pippin.train.hardware.profile import read_profile
+from pippin.core.hardware.collectives import Collective
+from pippin.core.hardware.crossings import read_crossings
+from pippin.core.hardware.device import Device
+from pippin.core.hardware.hlo import Program
+from pippin.core.hardware.profile import read_profile
 
 _TEXT = """
 ENTRY %main (x: f32[8,128]) -> f32[8,128] {
