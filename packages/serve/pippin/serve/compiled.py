@@ -17,7 +17,7 @@ from pippin.layers.kernel_select import record_choices
 from pippin.serve.engine.scheduler import Limits
 from pippin.serve.form import Form
 from pippin.serve.placement import tensor_parallel
-from pippin.serve.runner import lower_step
+from pippin.serve.runner import Shape, lower_step
 
 _GIB, _MS = 2**30, 1e3
 # What libtpu says of a program that does not fit: what it needs, arguments included.
@@ -97,7 +97,10 @@ def estimate(
     programs: list[Program] = []
     kernels: dict[str, None] = {}
     parameter_bytes = cache_bytes = 0.0
-    for shape in ((limits.answer_rows[-1], 1), (limits.chunk_tokens // limits.row_tokens, limits.row_tokens)):
+    for shape in (
+        Shape(limits.answer_rows[-1], 1),
+        Shape(limits.chunk_tokens // limits.row_tokens, limits.row_tokens),
+    ):
         with record_choices() as choices:
             lowered = lower_step(cfg, limits, form, shape)
         kernels |= dict.fromkeys(choice.kernel for choice in choices)
@@ -106,12 +109,13 @@ def estimate(
         mesh = dict(placement.mesh.shape)
         programs.append(
             Program(
-                *shape,
+                shape.rows,
+                shape.tokens,
                 temporary_bytes=temporary,
                 profile=None if text is None else read_profile(text, mesh, target.device),
                 parameter_bytes=parameter_bytes,
                 # Each row of a program reads all keys of its text, once.
-                attention_bytes=cache_bytes * min(1.0, shape[0] / limits.max_requests),
+                attention_bytes=cache_bytes * min(1.0, shape.rows / limits.max_requests),
                 memory_bandwidth=target.device.memory_bandwidth,
             )
         )
