@@ -229,7 +229,12 @@ def _parse() -> argparse.Namespace:
     add("--peers", nargs="*", choices=list(_PEERS), default=list(_PEERS), help="all, unless some are named")
     add("--streams", nargs="*", type=int, default=[1, 8, 32], help="of the closed loops (%(default)s)")
     add("--rounds", type=int, default=3, help="of each closed loop (%(default)s)")
-    add("--prompts-per-stream", type=int, default=1, help="in a round, two at least (%(default)s)")
+    add(
+        "--prompts-per-stream",
+        type=int,
+        default=1,
+        help="in a round, which has two prompts at least (%(default)s)",
+    )
     add("--rates", nargs="*", type=float, help="requests a second of the open loops; none: no open loop")
     add("--seconds", type=float, default=20.0, help="for which they come (%(default)g)")
     add("--max-waiting", type=int, help="our server's limit in the open loops; by the SLO unless it is given")
