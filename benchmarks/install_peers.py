@@ -1,7 +1,7 @@
 """`bazel run //benchmarks:install_peers`: the servers that ours is measured beside, into the user's cache.
 
-llama.cpp's server is compiled for this machine, which takes 10 to 17 minutes of a CPU's time and needs CMake and a C++
-compiler. vLLM gets an environment of its own (3.5 GB). Both get the weights of the model in float32.
+llama.cpp's server is compiled for this machine, which takes 7 minutes of a CPU's time or more and needs CMake and a C++
+compiler. vLLM gets an environment of its own (2.5 GB). Both get the weights of the model in float32 (1.1 GB).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from typing import Any
 import grpc
 
 from benchmarks.serving import contenders, overhead, peers
-from benchmarks.serving.answers import Answer, Slo, figures
+from benchmarks.serving.answers import Answer, Figures, Slo, figures
 from benchmarks.serving.contenders import Contender, Server, free_port
 from benchmarks.serving.load import Prompt, poisson
 from benchmarks.serving.page import page
@@ -39,7 +39,7 @@ from pippin.v1 import inference_pb2 as pb
 _OURS, _PLAIN = "pippin", "pippin, no drafts"
 _PEERS = {"llama": "llama.cpp", "vllm": "vLLM", "hf": "Hugging Face"}
 # The default rates, as shares of what our server answers in the closed loop with the most streams.
-_RATES = (0.6, 0.9, 1.3, 3.0)
+_RATES = (0.7, 1.0, 1.5, 3.0)
 _LEAST_PROMPTS = 2  # of a round
 _BUSY = 0.5  # the load of a machine with other work
 _SETTLE_S = 0.5  # between turns: threads that wait for work stop to spin
@@ -151,7 +151,7 @@ class Run:
                 if name == _OURS:
                     steps.append(counter.since())
                 seconds = max(a.ended_s for a in answers)
-                self._add(Turn(name, streams, None, answers, self._figures(answers, (0, seconds), seconds)))
+                self._add(Turn(name, streams, None, answers, self._figures(answers, (0, seconds))))
                 self._say(f"{streams} streams, round {number + 1} of {args.rounds}: {self._last()}")
         count, model_s, wall_s, cpu_s = (sum(v) for v in zip(*map(dataclasses.astuple, steps), strict=True))
         self.results.steps[streams] = overhead.Steps(int(count), model_s, wall_s, cpu_s)
@@ -164,8 +164,8 @@ class Run:
         rates = args.rates if args.rates is not None else [round(served * share, 2) for share in _RATES]
         if not rates:
             return
-        # What waits longer than for the first token's time cannot be answered within it.
-        waiting = args.max_waiting or max(1, int(served * slo.first_s))
+        # Who waits for half of the first token's time; the other half is for the prompt itself.
+        waiting = args.max_waiting or max(1, int(served * slo.first_s / 2))
         rivals = {name: c for name, c in others.items() if c.takes_arrivals}
         bounded = self._pippin("open", "--max-waiting", str(waiting))
         name = f"{_OURS}, {waiting} wait at most"
@@ -178,9 +178,9 @@ class Run:
             for rival, contender in rivals.items():
                 time.sleep(_SETTLE_S)
                 answers = contender.open_loop(arrivals, batch, args.max_tokens, until_s)
-                # Not the beginning, when there is little to do yet.
-                window = (args.seconds / 4, args.seconds)
-                self._add(Turn(rival, None, rate, answers, self._figures(answers, window, args.seconds)))
+                # Not the beginning, when all places are free.
+                window = (args.seconds / 2, args.seconds)
+                self._add(Turn(rival, None, rate, answers, self._figures(answers, window)))
                 self._say(f"{rate:.2f} requests/s for {args.seconds:.0f} s: {self._last()}")
         self._note_peaks({name: rivals[name]})
 
@@ -191,8 +191,8 @@ class Run:
         rounds = self.results.closed(self.results.all_streams[-1])[_OURS]
         return statistics.median(t.figures.tokens_per_s for t in rounds) / self.args.max_tokens
 
-    def _figures(self, answers: Sequence[Answer], window: tuple[float, float], seconds: float) -> Any:
-        return figures(answers, window, seconds, self.results.slo)
+    def _figures(self, answers: Sequence[Answer], window: tuple[float, float]) -> Figures:
+        return figures(answers, window, self.results.slo)
 
     def _note_peaks(self, of: dict[str, Any]) -> None:
         self.results.peak_bytes |= {name: contender.peak_bytes() for name, contender in of.items()}
@@ -229,9 +229,14 @@ def _parse() -> argparse.Namespace:
     add("--peers", nargs="*", choices=list(_PEERS), default=list(_PEERS), help="all, unless some are named")
     add("--streams", nargs="*", type=int, default=[1, 8, 32], help="of the closed loops (%(default)s)")
     add("--rounds", type=int, default=3, help="of each closed loop (%(default)s)")
-    add("--prompts-per-stream", type=int, default=1, help="in a round, two at least (%(default)s)")
+    add(
+        "--prompts-per-stream",
+        type=int,
+        default=1,
+        help="in a round, which has two prompts at least (%(default)s)",
+    )
     add("--rates", nargs="*", type=float, help="requests a second of the open loops; none: no open loop")
-    add("--seconds", type=float, default=20.0, help="for which they come (%(default)g)")
+    add("--seconds", type=float, default=30.0, help="for which they come (%(default)g)")
     add("--max-waiting", type=int, help="our server's limit in the open loops; by the SLO unless it is given")
     add("--slo-first-s", type=float, default=2.0, help="to the first token (%(default)g)")
     add("--slo-token-s", type=float, default=0.3, help="a token after it, on average (%(default)g)")

@@ -103,17 +103,17 @@ class Figures:
         }
 
 
-def figures(answers: Sequence[Answer], window: tuple[float, float], seconds: float, slo: Slo) -> Figures:
+def figures(everything: Sequence[Answer], window: tuple[float, float], slo: Slo) -> Figures:
     """What some answers say.
 
     Args:
-        answers: of all requests of a load.
-        window: from when to when tokens are counted, in seconds since the load began.
-        seconds: for how long requests were sent.
+        everything: what came of all requests of a load.
+        window: from when to when requests are counted that were sent, and tokens that came, in seconds since the load began.
         slo: what counts as served well.
     """
     start, stop = window
-    tokens = sum(start <= t < stop for answer in answers for t in answer.token_s)
+    tokens = sum(start <= t < stop for answer in everything for t in answer.token_s)
+    answers = [a for a in everything if start <= a.sent_s < stop]
     admitted = [a for a in answers if a.ending is not Ending.SHED]
     shed = [a for a in answers if a.ending is Ending.SHED]
     cut = [a for a in admitted if a.ending is not Ending.WHOLE]
@@ -126,7 +126,7 @@ def figures(answers: Sequence[Answer], window: tuple[float, float], seconds: flo
     return Figures(
         requests=len(answers),
         tokens_per_s=tokens / (stop - start),
-        goodput_per_s=sum(map(slo.keeps, answers)) / seconds,
+        goodput_per_s=sum(map(slo.keeps, answers)) / (stop - start),
         shed=len(shed) / max(1, len(answers)),
         unfinished=len(cut) / max(1, len(answers)),
         shed_s=max((a.ended_s - a.sent_s for a in shed), default=math.nan),

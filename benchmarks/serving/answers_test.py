@@ -49,10 +49,10 @@ def test_figures_of_a_load() -> None:
         _answer(2.0, ending=Ending.SHED),
         _answer(3.0, 3.5, ending=Ending.UNFINISHED),
     ]
-    found = figures(answers, (0.0, 3.5), 4.0, SLO)
-    assert found.requests == 4
-    assert found.tokens_per_s == pytest.approx(6 / 3.5)  # the token at 3.5 is beyond the window
-    assert found.goodput_per_s == 0.25
+    found = figures([_answer(-1.0, 0.1), *answers], (0.0, 3.5), SLO)
+    assert found.requests == 4  # who was sent before it, and has a token in it, is none of them
+    assert found.tokens_per_s == pytest.approx(7 / 3.5)  # the token at 3.5 is beyond the window
+    assert found.goodput_per_s == pytest.approx(1 / 3.5)
     assert (found.shed, found.unfinished) == (0.25, 0.25)
     assert found.shed_s == pytest.approx(0.01)
     assert found.first_s == (0.5, 2.0)  # of three that were admitted
@@ -61,6 +61,6 @@ def test_figures_of_a_load() -> None:
 
 
 def test_what_never_came_is_null_in_a_file() -> None:
-    found = figures([_answer(0, ending=Ending.UNFINISHED)], (0.0, 1.0), 1.0, SLO)
+    found = figures([_answer(0, ending=Ending.UNFINISHED)], (0.0, 1.0), SLO)
     assert found.first_s == (math.inf, math.inf)
     assert found.row()["first_s"] == [None, None]

@@ -55,7 +55,7 @@ def test_a_server_is_measured_in_closed_and_in_open_loops(server: Server, metric
     # Four at a time take 8 steps of 5 ms: 100 a second at most, and few may wait.
     arrivals = poisson(400.0, 0.5, seed=0)
     answers = server.open_loop(arrivals, [next(prompts) for _ in arrivals], 8, 5.0)
-    found = figures(answers, (0.1, 0.5), 0.5, Slo(1.0, 0.1))
+    found = figures(answers, (0.0, 0.5), Slo(1.0, 0.1))
     assert len(answers) == len(arrivals)
     assert 0 < found.shed < 1 and found.unfinished == 0 and found.goodput_per_s > 0
     assert server.peak_bytes() > 10 << 20

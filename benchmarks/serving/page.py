@@ -11,6 +11,10 @@ from typing import Any
 
 from benchmarks.serving.results import Results
 
+# The same for a contender in all charts; ours has another name in the open loops.
+_COLORS = {"pippin, no drafts": "C1", "llama.cpp": "C2", "vLLM": "C3", "Hugging Face": "C4"}
+_OURS = "C0"
+
 
 def page(results: Results, tables: str, about: str) -> str:
     """HTML that needs no other file."""
@@ -48,9 +52,16 @@ def _closed(axis: Any, results: Results) -> None:
             statistics.median([t.figures.tokens_per_s for t in results.closed(s).get(name, [])] or [math.nan])
             for s in all_streams
         ]
-        axis.bar([x + width * i for x in range(len(all_streams))], rates, width=0.95 * width, label=name)
+        axis.bar(
+            [x + width * i for x in range(len(all_streams))],
+            rates,
+            width=0.95 * width,
+            label=name,
+            color=_COLORS.get(name, _OURS),
+        )
     axis.set_xticks(
-        [x + 0.4 - width / 2 for x in range(len(all_streams))], [f"{s} streams" for s in all_streams]
+        [x + 0.4 - width / 2 for x in range(len(all_streams))],
+        [f"{s} stream{'s' * (s > 1)}" for s in all_streams],
     )
     axis.set_ylabel("tokens/s")
     axis.set_title("closed loop")
@@ -58,7 +69,13 @@ def _closed(axis: Any, results: Results) -> None:
 
 def _open(axis: Any, results: Results, value: Any, label: str) -> None:
     for name, turns in results.open().items():
-        axis.plot([t.rate for t in turns], [value(t.figures) for t in turns], "o-", label=name)
+        axis.plot(
+            [t.rate for t in turns],
+            [value(t.figures) for t in turns],
+            "o-",
+            label=name,
+            color=_COLORS.get(name, _OURS),
+        )
     axis.set_xlabel("requests/s that come")
     axis.set_ylabel(label)
     axis.set_ylim(bottom=0)

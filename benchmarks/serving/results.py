@@ -182,7 +182,7 @@ def _latencies(f: Figures) -> list[str]:
 
 def _pooled(rounds: Sequence[Turn], slo: Slo) -> Figures:
     """The figures of all requests of some rounds."""
-    return figures([a for turn in rounds for a in turn.answers], (0.0, math.inf), math.inf, slo)
+    return figures([a for turn in rounds for a in turn.answers], (0.0, math.inf), slo)
 
 
 def _seconds(value: float) -> str:

@@ -14,7 +14,7 @@ SLO = Slo(1.0, 0.5)
 def _turn(name: str, tokens_per_s: float, streams: int | None = None, rate: float | None = None) -> Turn:
     times = tuple((i + 1) / tokens_per_s for i in range(10))
     answers = [Answer(0.0, times, Ending.WHOLE, times[-1]), Answer(0.0, (), Ending.SHED, 0.002)]
-    return Turn(name, streams, rate, answers, figures(answers, (0.0, times[-1] + 1e-9), 2.0, SLO))
+    return Turn(name, streams, rate, answers, figures(answers, (0.0, times[-1] + 1e-9), SLO))
 
 
 def _results() -> Results:
