@@ -21,12 +21,18 @@ class Authority:
         self.path = folder / f"{name}.pem"
         self.path.write_bytes(_pem(builder.sign(self._key, hashes.SHA256())))
 
-    def sign(self, name: str, files: str = "") -> tuple[pathlib.Path, pathlib.Path]:
-        """The files of a certificate and its key, for this machine; `files` is their name, if not `name`."""
+    def sign(self, name: str, files: str = "", *, days: int = 0) -> tuple[pathlib.Path, pathlib.Path]:
+        """The files of a certificate and its key, for this machine, that holds from a day ago for two days.
+
+        Args:
+            name: its common name.
+            files: the files' name, if not `name`.
+            days: that it holds later, or, less than 0, earlier.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        builder = _builder(subject, self._name, key)
+        builder = _builder(subject, self._name, key, days)
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         stem = self._folder / (files or name)
         certificate, secret = stem.with_suffix(".crt"), stem.with_suffix(".key")
@@ -42,9 +48,9 @@ class Authority:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int = 0
 ) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
+    now = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
