@@ -1,6 +1,7 @@
 """The program: from READY to its exit code."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -80,10 +81,11 @@ def test_http_is_told_and_its_streams_are_not_cut_by_sigterm():
         request = {"prompt": "hello", "max_tokens": 60, "stream": True}
         with httpx.stream("POST", f"{url}v1/completions", json=request) as response:
             lines = response.iter_lines()
-            next(lines)
+            first = next(lines)
             process.send_signal(signal.SIGTERM)
-            rest = [line for line in lines if line]
-        assert word == "HTTP" and len(rest) == 60 and rest[-1] == "data: [DONE]"
+            *told, end = [first, *(line for line in lines if line)]
+        texts = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in told]
+        assert word == "HTTP" and len("".join(texts)) == 60 and end == "data: [DONE]"
         assert process.wait(10) == 0
 
 
