@@ -32,7 +32,7 @@ from pippin.serve.rpc.auth import Authenticator
 from pippin.serve.rpc.guard import Guard
 from pippin.serve.rpc.health import HealthService
 from pippin.serve.rpc.inference import InferenceService
-from pippin.serve.rpc.ports import open_port
+from pippin.serve.rpc.ports import close_port, open_port
 from pippin.serve.rpc.tls import server_credentials
 from pippin.serve.served_model import ServedModel
 from pippin.serve.tls_files import TlsFiles
@@ -135,7 +135,7 @@ def _open_grpc(
             credentials=None if tls is None or address.startswith("unix:") else server_credentials(tls),
             reflected=list(services) if options.reflection else [],
         )
-        undo.push_async_callback(port.stop, None)
+        undo.push_async_callback(close_port, port)
         ports.append(port)
         return found
 
