@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -32,7 +32,7 @@ from pippin.serve.rpc.auth import Authenticator
 from pippin.serve.rpc.guard import Guard
 from pippin.serve.rpc.health import HealthService
 from pippin.serve.rpc.inference import InferenceService
-from pippin.serve.rpc.ports import open_port
+from pippin.serve.rpc.ports import close_port, open_port
 from pippin.serve.rpc.tls import server_credentials
 from pippin.serve.served_model import ServedModel
 from pippin.serve.tls_files import TlsFiles
@@ -94,22 +94,42 @@ async def start(options: Options, backend: Backend) -> Server:
 
 async def _start(options: Options, backend: Backend, undo: contextlib.AsyncExitStack) -> Server:
     """`undo` gets what closes what was opened."""
-    engine, limits = backend.engine, options.limits
+    engine = backend.engine
     begin_trace, close_traces = _traces(options, backend.model)
     undo.callback(close_traces)
-    frontend = Frontend(engine, backend.model, limits, begin_trace)
+    frontend = Frontend(engine, backend.model, options.limits, begin_trace)
     undo.callback(frontend.close)
     undo.callback(engine.stop, 0.0)
-    tls = _tls(options)
     known = identities(options.tokens, certificates=options.client_ca is not None)
-    guard = Guard(Authenticator(known), limits.slow_reader_timeout_s)
-    names = [inference.SERVICE.full_name]
-    checks = HealthService(engine, names, [admin.SERVICE.full_name] if options.admin_address else [])
+    looked_after = [admin.SERVICE.full_name] if options.admin_address else []
+    checks = HealthService(engine, [inference.SERVICE.full_name], looked_after)
+    ports, addresses = _open_grpc(options, frontend, known, checks, undo)
+    metrics, top = _observe(options, backend)
+    engine.start()
+    for name in options.load_adapters:
+        assert backend.model.adapters is not None, "checked flags"
+        await backend.model.adapters.load(name)
+    for port in ports:
+        await port.start()
+    http, metrics_port = await _open_http(options, frontend, known, checks, metrics, undo)
+    return Server(engine, frontend, checks, ports, *addresses, http, metrics_port, top, close_traces)
+
+
+def _open_grpc(
+    options: Options,
+    frontend: Frontend,
+    known: Identities,
+    checks: HealthService,
+    undo: contextlib.AsyncExitStack,
+) -> tuple[list[grpc.aio.Server], tuple[str, str | None, str | None]]:
+    """The ports of gRPC, and the addresses of Inference, Admin and probes."""
+    tls, timeout_s = _tls(options), options.limits.slow_reader_timeout_s
+    guard, anybody = (Guard(Authenticator(who), timeout_s) for who in (known, Identities(None)))
     ports: list[grpc.aio.Server] = []
 
     def listen(
         address: str, guard: Guard, services: Mapping[str, grpc.GenericRpcHandler], tls: TlsFiles | None
-    ):
+    ) -> str:
         port, found = open_port(
             address,
             list(services.values()),
@@ -119,65 +139,56 @@ async def _start(options: Options, backend: Backend, undo: contextlib.AsyncExitS
             limits=options.channel_limits,
             reflected=list(services) if options.reflection else [],
         )
-        undo.push_async_callback(port.stop, None)
+        undo.push_async_callback(close_port, port)
         ports.append(port)
         return found
-
-    async def opened(opening: Awaitable[HttpPort]) -> HttpPort:
-        port = await opening
-        undo.push_async_callback(port.stop)
-        return port
 
     shared = {health.SERVICE.full_name: checks.handler()}
     served = {inference.SERVICE.full_name: InferenceService(frontend).handler(), **shared}
     address = listen(options.address, guard, served, tls)
     admin_address = probe_address = None
     if options.admin_address:
-        looked_after = {admin.SERVICE.full_name: AdminService(engine, backend.model).handler(), **shared}
+        service = AdminService(frontend.engine, frontend.model)
+        looked_after = {admin.SERVICE.full_name: service.handler(), **shared}
         admin_address = listen(options.admin_address, guard, looked_after, tls)
     if options.probe_address:
-        anybody = Guard(Authenticator(Identities(None)), limits.slow_reader_timeout_s)
         probe_address = listen(options.probe_address, anybody, shared, None)
-    metrics = Metrics(
-        backend.model.name, engine.limits.num_pages, engine.limits.page_size, backend.model.cache_dtype
-    )
+    return ports, (address, admin_address, probe_address)
+
+
+def _observe(options: Options, backend: Backend) -> tuple[Metrics, Top | None]:
+    """Who is told what the engine does."""
+    engine, name = backend.engine, backend.model.name
+    metrics = Metrics(name, engine.limits.num_pages, engine.limits.page_size, backend.model.cache_dtype)
     metrics.watch(engine.load)
     if backend.model.adapters is not None:
         metrics.watch_adapters(backend.model.adapters)
-    top = (
-        Top(backend.model.name, engine.limits.max_requests, engine.load, engine.clock)
-        if options.top
-        else None
-    )
+    top = Top(name, engine.limits.max_requests, engine.load, engine.clock) if options.top else None
     engine.observer = Observers([metrics, Traces(), RequestLog(), *filter(None, [top])])
-    engine.start()
-    for name in options.load_adapters:
-        assert backend.model.adapters is not None, "checked flags"
-        await backend.model.adapters.load(name)
-    for port in ports:
-        await port.start()
-    http, metrics_port, bounds = None, None, options.http_limits
+    return metrics, top
+
+
+async def _open_http(
+    options: Options,
+    frontend: Frontend,
+    known: Identities,
+    checks: HealthService,
+    metrics: Metrics,
+    undo: contextlib.AsyncExitStack,
+) -> tuple[HttpPort | None, HttpPort | None]:
+    """The ports of the API and of metrics alone, as far as they are wanted."""
+    http = metrics_port = None
+    bounds, timeout_s = options.http_limits, options.limits.slow_reader_timeout_s
     if options.http_address is not None:
         local = is_local(options.http_address)
         app = make_app(frontend, known, checks.is_serving, metrics.registry, bounds, local_only=local)
-        http = await opened(open_http(app, options.http_address, tls, _FLUSH_S, bounds))
+        http = await open_http(app, options.http_address, _tls(options), _FLUSH_S, bounds)
+        undo.push_async_callback(http.stop)
     if options.metrics_address is not None:
-        local = is_local(options.metrics_address)
-        app = make_metrics_app(metrics.registry, limits.slow_reader_timeout_s, local_only=local)
-        metrics_port = await opened(open_http(app, options.metrics_address, None, _FLUSH_S, bounds))
-    return Server(
-        engine,
-        frontend,
-        checks,
-        ports,
-        address,
-        admin_address,
-        probe_address,
-        http,
-        metrics_port,
-        top,
-        close_traces,
-    )
+        app = make_metrics_app(metrics.registry, timeout_s, local_only=is_local(options.metrics_address))
+        metrics_port = await open_http(app, options.metrics_address, None, _FLUSH_S, bounds)
+        undo.push_async_callback(metrics_port.stop)
+    return http, metrics_port
 
 
 async def serve(options: Options, backend: Backend, began: float) -> None:

@@ -1,11 +1,13 @@
 """The program: from READY to its exit code."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -80,10 +82,11 @@ def test_http_is_told_and_its_streams_are_not_cut_by_sigterm():
         request = {"prompt": "hello", "max_tokens": 60, "stream": True}
         with httpx.stream("POST", f"{url}v1/completions", json=request) as response:
             lines = response.iter_lines()
-            next(lines)
+            first = next(lines)
             process.send_signal(signal.SIGTERM)
-            rest = [line for line in lines if line]
-        assert word == "HTTP" and len(rest) == 60 and rest[-1] == "data: [DONE]"
+            *told, end = [first, *(line for line in lines if line)]
+        texts = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in told]
+        assert word == "HTTP" and len("".join(texts)) == 60 and end == "data: [DONE]"
         assert process.wait(10) == 0
 
 
@@ -172,23 +175,27 @@ def test_what_is_no_model_is_a_mistake_of_the_user(tmp_path, capsys):
     assert "Give the path of a model" in capsys.readouterr().err
 
 
-async def test_a_start_that_fails_half_way_leaves_nothing_open(tmp_path):
-    fake = fake_backend()
-    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as free:
+@pytest.mark.parametrize("fails", ["admin", "metrics"])
+async def test_a_start_that_fails_half_way_leaves_nothing_open(fails):
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as folder,
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        socket.create_server(("127.0.0.1", 0)) as free,
+    ):
         port = free.getsockname()[1]
         free.close()
+        metrics_port = taken.getsockname()[1] if fails == "metrics" else None
+        name = "admin" if fails == "metrics" else "a" * 200  # too long
         options = Options(
-            port=port,
-            admin_address=f"unix:{tmp_path}/admin",
-            http_port=0,
-            metrics_port=taken.getsockname()[1],
+            port=port, admin_address=f"unix:{folder}/{name}", http_port=0, metrics_port=metrics_port
         )
         with pytest.raises(ConfigError, match="could not be opened"):
-            await start(options, fake.backend)
-    require_free(f"127.0.0.1:{port}")
-    with socket.socket(socket.AF_UNIX) as probe:
-        assert probe.connect_ex(f"{tmp_path}/admin") != 0
-    assert not [t for t in threading.enumerate() if t.name in ("engine", "encode_0")]
+            await start(options, fake_backend().backend)
+        require_free(f"127.0.0.1:{port}")
+        if fails == "metrics":
+            with socket.socket(socket.AF_UNIX) as probe:
+                assert probe.connect_ex(f"{folder}/admin") != 0
+    assert not [t for t in threading.enumerate() if t.name == "engine" or t.name.startswith("encode")]
 
 
 def test_a_port_that_is_taken_is_a_mistake_of_the_user():

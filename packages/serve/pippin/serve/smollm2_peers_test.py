@@ -1,10 +1,14 @@
-"""SmolLM2-135M-Instruct, served: the greedy answers to 50 prompts are those of transformers, token for token."""
+"""SmolLM2-135M-Instruct, served: the greedy answers to 50 prompts are those of transformers, token for token, and vectors too."""
 
+import collections
+import dataclasses
 import json
 import os
 import queue
 import subprocess
 from pathlib import Path
+
+import numpy as np
 
 from pippin.serve.engine.engine import QueueLimits
 from pippin.serve.engine.request import Request, Sampling
@@ -42,7 +46,7 @@ _TOPICS = [
 ]
 
 
-def test_greedy_answers_are_those_of_transformers(tmp_path):
+def test_greedy_answers_and_vectors_are_those_of_transformers(tmp_path):
     opened = open_served(_FILE, Sizes(max_context=512), QueueLimits())
     encode, encode_chat = opened.model.encode, opened.model.encode_chat
     assert encode is not None and encode_chat is not None
@@ -59,14 +63,20 @@ def test_greedy_answers_are_those_of_transformers(tmp_path):
             text=False,
         )
         opened.engine.submit(request, outputs.put)
+        wants_sums = dataclasses.replace(request, request_id=f"sums {i}", max_tokens=0, sums=True)
+        opened.engine.submit(wants_sums, outputs.put)
     opened.engine.start()
-    answers, missing = {str(i): [] for i in range(len(prompts))}, len(prompts)
+    answers: dict[str, list[int]] = collections.defaultdict(list)
+    sums, missing = {}, 2 * len(prompts)
     while missing:
         output = outputs.get(timeout=300)
         answers[output.request_id] += [sampled.token for sampled in output.tokens]
+        sums[output.request_id] = output.sums
         missing -= output.finish_reason is not None
     opened.engine.stop(0)
-    assert [answers[str(i)] for i in range(len(prompts))] == expected
+    assert [answers[str(i)] for i in range(len(prompts))] == expected["answers"]
+    for i, (prompt, mean) in enumerate(zip(prompts, expected["means"], strict=True)):
+        np.testing.assert_allclose(sums[f"sums {i}"] / len(prompt), mean, rtol=1e-3, atol=1e-3)
 
 
 def _reference(prompts, folder):

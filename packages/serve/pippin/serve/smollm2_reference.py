@@ -1,6 +1,8 @@
-"""Greedy answers of transformers: run by smollm2_peers_test.py, on the interpreter of the peers.
+"""Greedy answers and hidden states of transformers: run by smollm2_peers_test.py, on the interpreter of the peers.
 
-smollm2_reference.py FILE PROMPTS ANSWERS MAX_TOKENS   # of a GGUF file; token ids as lists in JSON
+smollm2_reference.py FILE PROMPTS ANSWERS MAX_TOKENS   # of a GGUF file; in JSON
+
+PROMPTS are lists of token ids; ANSWERS get {"answers": such lists, "means": of each prompt's last hidden states}.
 """
 
 import json
@@ -16,7 +18,10 @@ _BATCH = 10
 def main(file, prompts, max_tokens):
     place = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
-    answers = []
+    answers, means = [], []
+    with torch.no_grad():
+        for prompt in prompts:
+            means.append(model.model(torch.tensor([prompt])).last_hidden_state[0].mean(dim=0).tolist())
     for start in range(0, len(prompts), _BATCH):
         part = prompts[start : start + _BATCH]
         longest = max(map(len, part))
@@ -33,7 +38,7 @@ def main(file, prompts, max_tokens):
                 pad_token_id=0,
             )
         answers += written[:, longest:].tolist()
-    return answers
+    return {"answers": answers, "means": means}
 
 
 if __name__ == "__main__":

@@ -270,6 +270,16 @@ async def test_log_probabilities_are_told_as_openai_does():
     assert text["logprobs"]["token_logprobs"] == [-0.5, -0.5]
 
 
+async def test_log_probabilities_of_one_answer_are_bounded():
+    async with client(limits=RequestLimits(max_logprob_values=99)) as (_, http):
+        wanted = {"max_tokens": 20, "logprobs": True, "top_logprobs": 4}
+        chat = await http.post("/v1/chat/completions", json={**CHAT, **wanted})
+        two = {"prompt": ["a", "b"], "max_tokens": 10, "logprobs": 4}
+        texts = await http.post(COMPLETIONS, json=two)
+    assert (chat.status_code, error_of(chat)["param"]) == (400, "top_logprobs")
+    assert (texts.status_code, error_of(texts)["param"]) == (400, "logprobs")
+
+
 async def test_the_state_of_the_server():
     async with client() as (_, http):
         await http.post(COMPLETIONS, json={**HELLO, "max_tokens": 7})

@@ -52,6 +52,12 @@ def open_port(
     return server, f"{address.rpartition(':')[0]}:{port}"
 
 
+async def close_port(server: grpc.aio.Server) -> None:
+    """Ends a server at once, also one that was not started: gRPC would keep its address."""
+    await server.start()  # nothing happens where it was
+    await server.stop(None)
+
+
 def _bind_socket(server: grpc.aio.Server, address: str) -> str:
     """A Unix socket that only its owner may use. One that a dead server left is replaced."""
     path = pathlib.Path(address.removeprefix("unix:"))
