@@ -124,7 +124,7 @@ def _saturation(results: Results) -> str:
                 name,
                 f"{peak.figures.tokens_per_s:.1f} at {peak.rate:.2f}/s",
                 f"{last.figures.tokens_per_s:.1f} at {last.rate:.2f}/s",
-                f"{share:.0%}",
+                "-" if math.isnan(share) else f"{share:.0%}",
                 f"{_seconds(peak.figures.first_s[1])} and {_seconds(last.figures.first_s[1])}",
                 f"{best:.2f} and {last.figures.goodput_per_s:.2f}",
                 _seconds(last.figures.shed_s),
