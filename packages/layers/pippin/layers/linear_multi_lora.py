@@ -115,7 +115,7 @@ def _with_adapter(node: Any, index: int, maps: Mapping[str, LowRank], path: str)
     }
 
 
-def adapter_shapes(params: Params, path: str = "") -> dict[str, tuple[int, int]]:
+def adapter_shapes(params: Mapping[str, Any], path: str = "") -> dict[str, tuple[int, int]]:
     """Inputs and outputs of each linear map that an adapter may change, by its dotted path."""
     if _SLOTS in params:
         return {path: (params[_DOWN].shape[1], params[_UP].shape[2])}
@@ -126,7 +126,7 @@ def adapter_shapes(params: Params, path: str = "") -> dict[str, tuple[int, int]]
     return found
 
 
-def with_room(params: Params, shapes: Params, dtype: jnp.dtype = _FLOAT32) -> Params:
+def with_room(params: Mapping[str, Any], shapes: Mapping[str, Any], dtype: jnp.dtype = _FLOAT32) -> Params:
     """Parameters of a model without adapters, as those of the same model with room for some.
 
     Args:

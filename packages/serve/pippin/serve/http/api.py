@@ -72,8 +72,9 @@ class OpenAIApi:
             raise Problem(400, "The model has no tokenizer. Send token ids over gRPC.", code="unsupported")
         question = ask(await read_object(request, self._limits))
         adapter = self._adapter(question.model)
-        for one in question.requests if adapter is not None else ():
-            one.adapter = adapter
+        if adapter is not None:
+            for one in question.requests:
+                one.adapter = adapter
         request_id = request.headers.get(_ID_HEADER) or secrets.token_hex(12)
         calls = self._calls(question, request_id)
         answer = make(
