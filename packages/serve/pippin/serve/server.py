@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import grpc
 import grpc.aio
@@ -231,6 +232,8 @@ def run(open_backend: Callable[[Options], Backend], argv: Sequence[str] | None =
     except PippinError as error:
         print(f"server: {error}", file=sys.stderr)
         return 2
+    finally:
+        _flush_all()
     return 0
 
 
@@ -240,9 +243,22 @@ def _print(line: str) -> None:
         print(line, flush=True)
     except OSError as error:
         _log.warning("what this program prints goes nowhere from now on: %s", error.strerror)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        _to_nowhere(sys.stdout)
+
+
+def _flush_all() -> None:
+    """Gives up what cannot be written at the end: Python would exit with another code than ours."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _to_nowhere(stream)
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _start_log(options: Options) -> None:
