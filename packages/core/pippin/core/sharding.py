@@ -31,6 +31,7 @@ __all__ = [
     "mesh_in_use",
     "num_shards",
     "on_shards",
+    "platform_in_use",
     "shard_spec",
     "use_mesh",
 ]
@@ -53,6 +54,15 @@ def use_mesh(cfg: MeshConfig, mesh: jax.sharding.Mesh) -> Iterator[None]:
 def mesh_in_use() -> tuple[MeshConfig, jax.sharding.Mesh] | None:
     """The mesh of the `use_mesh` block that runs now: for layers that split their work themselves."""
     return _active.get()
+
+
+def platform_in_use() -> str:
+    """That of the mesh in use, whose devices need not be here, or of this process: "cpu", "gpu" or "tpu"."""
+    import jax
+
+    active = _active.get()
+    name = jax.default_backend() if active is None else active[1].devices.flat[0].platform
+    return "gpu" if name == "cuda" else name
 
 
 def num_shards(*axes: str) -> int:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pippin.core.module import Module
-from pippin.core.sharding import mesh_in_use, num_shards, shard_spec
+from pippin.core.sharding import mesh_in_use, num_shards, platform_in_use, shard_spec
 from pippin.layers.context import Context, KeyValues, PagedKeyValues
 from pippin.layers.kernel_config import AttentionShape, BlockwiseKernelConfig, ReferenceKernelConfig, choose
 from pippin.layers.precision import at_least_float32
@@ -40,7 +40,7 @@ def attention_shape(
     bias = None if logits.bias is None else jax.eval_shape(logits.bias, ctx.positions, kv.positions)
     _, query_length, num_heads, head_dim = q.shape
     return AttentionShape(
-        platform=_platform(),
+        platform=platform_in_use(),
         query_length=query_length,
         key_length=_key_length(kv),
         num_heads=num_heads,
@@ -76,13 +76,6 @@ def device_of_the_mesh() -> contextlib.AbstractContextManager[Any]:
     if active is None or jax.sharding.get_abstract_mesh().manual_axes:
         return contextlib.nullcontext()  # the device of this process; or `on_shards` told it
     return jax.sharding.use_abstract_mesh(active[1].abstract_mesh)
-
-
-def _platform() -> str:
-    """That of the mesh, whose devices need not be here: programs for TPUs are compiled on other machines."""
-    active = mesh_in_use()
-    name = jax.default_backend() if active is None else active[1].devices.flat[0].platform
-    return "gpu" if name == "cuda" else name
 
 
 def _key_length(kv: KeyValues) -> int:

@@ -151,7 +151,7 @@ def test_so_does_the_kernel_of_tpus(case, monkeypatch):
     # of queries know where the last one ended: all queries here are one block.
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     monkeypatch.setattr(TypedInt, "shape", (), raising=False)
-    monkeypatch.setattr(kernel, "_platform", lambda: "tpu")
+    monkeypatch.setattr(kernel, "platform_in_use", lambda: "tpu")
     _check(KERNELS["tpu"], CASES[case])
 
 

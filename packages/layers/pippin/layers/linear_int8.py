@@ -17,6 +17,7 @@ from pippin.core.module import (
     parameter_infos,
     unflatten_params,
 )
+from pippin.core.sharding import platform_in_use
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.int8 import MOST, quantized
 from pippin.layers.linear_config import Int8EmbeddingConfig, Int8LinearConfig, int8_weights
@@ -26,10 +27,11 @@ _STEPS = 256  # a power of two: sums of its multiples are exact
 
 
 class Int8Linear(Module):
-    """Computes `x @ weight.T * scale + bias`, as products of int8 numbers that are summed in int32.
+    """Computes `x @ weight.T * scale + bias`.
 
-    Each token of `x` is rounded to 16 bits, which are two int8 numbers, with a scale of its own. Sums of integers have no
-    order: a result depends on its token alone, to the last bit.
+    Accelerators make floats of the weights as they multiply. CPUs multiply int8 numbers, which are summed in int32: each
+    token of `x` is rounded to 16 bits, which are two int8 numbers, with a scale of its own. Sums of integers have no
+    order, so that a result depends on its token alone, to the last bit.
 
     Source: Dettmers et al. 2022, arXiv:2208.07339, section 2.1 (a scale for each row and each column).
     """
@@ -46,15 +48,11 @@ class Int8Linear(Module):
         self.bias = parameter(constant_init(0.0), rngs, scale.shape, axes[:1], fan_in=1) if cfg.bias else None
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        halves, scale = _split(x.astype(jnp.float32))
-        last = ((halves.ndim - 1,), (1,))
-        sums = jax.lax.dot_general(
-            halves, self.weight[...], (last, ((), ())), preferred_element_type=jnp.int32
-        )
-        upper, lower = sums.astype(jnp.float32)
-        y = (upper * float(_STEPS) + lower) * scale[..., None] * _rows(self.scale[...], x.ndim)
+        halves = platform_in_use() == "cpu"
+        y = _of_halves(x, self.weight[...]) if halves else _of_floats(x, self.weight[...])
+        y *= _rows(self.scale[...], x.ndim)
         # A product and a sum with it would be rounded at once, or not, as the compiler likes.
-        y = jax.lax.optimization_barrier(y)
+        y = jax.lax.optimization_barrier(y) if halves else y
         y = y if self.bias is None else y + _rows(self.bias[...].astype(jnp.float32), x.ndim)
         return y.astype(x.dtype)
 
@@ -101,6 +99,19 @@ def with_int8_weights(cfg: CausalLMConfig, params: Mapping[str, Any]) -> tuple[C
         elif path in given:
             made[path] = given[path]
     return changed, unflatten_params(made)
+
+
+def _of_floats(x: Float[Array, "*B I"], weight: Int[Array, "O I"]) -> Float[Array, "*B O"]:
+    last = ((x.ndim - 1,), (1,))
+    return jax.lax.dot_general(x, weight.astype(x.dtype), (last, ((), ()))).astype(jnp.float32)
+
+
+def _of_halves(x: Float[Array, "*B I"], weight: Int[Array, "O I"]) -> Float[Array, "*B O"]:
+    halves, scale = _split(x.astype(jnp.float32))
+    last = ((halves.ndim - 1,), (1,))
+    sums = jax.lax.dot_general(halves, weight, (last, ((), ())), preferred_element_type=jnp.int32)
+    upper, lower = sums.astype(jnp.float32)
+    return (upper * float(_STEPS) + lower) * scale[..., None]
 
 
 def _split(x: Float[Array, "*B I"]) -> tuple[Int[Array, "2 *B I"], Float[Array, "*B"]]:

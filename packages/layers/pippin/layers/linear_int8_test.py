@@ -8,7 +8,7 @@ from flax import nnx
 
 from pippin.core.config_tree import traverse
 from pippin.core.module import merge, parameter_infos, split
-from pippin.layers import configs
+from pippin.layers import configs, linear_int8
 from pippin.layers.linear_config import (
     EmbeddingConfig,
     Int8EmbeddingConfig,
@@ -65,6 +65,16 @@ def test_the_product_errs_by_half_a_step_of_each_number(rows, columns):
     bound += 8 * np.finfo(np.float32).eps * (np.abs(x) @ np.abs(w))
     assert np.all(np.abs(y - expected) <= bound)
     assert np.abs(y - expected).max() > 0
+
+
+def test_accelerators_multiply_floats_which_errs_by_the_weights_alone(monkeypatch):
+    x = jnp.asarray(_X, jnp.float32)
+    monkeypatch.setattr(linear_int8, "platform_in_use", lambda: "tpu")
+    y = np.asarray(_linear(_W)(x), np.float64)
+    of_w = np.abs(_W).max(axis=0) / 127 / 2
+    bound = np.abs(_X).sum(axis=-1, keepdims=True) * of_w + 1e-5
+    assert np.all(np.abs(y - _X @ _W) <= bound)
+    assert _linear(_W)(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_a_bias_is_added_and_the_dtype_kept():
