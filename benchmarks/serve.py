@@ -164,11 +164,11 @@ class Run:
         rates = args.rates if args.rates is not None else [round(served * share, 2) for share in _RATES]
         if not rates:
             return
-        # Who waits for half of the first token's time; the other half is for the prompt itself.
-        waiting = args.max_waiting or max(1, int(served * slo.first_s / 2))
+        # The prompts of half of the first token's time; the other half is for steps that are longer than others.
+        waiting = args.max_waiting_tokens or max(1, int(served * slo.first_s / 2)) * args.prompt_tokens
         rivals = {name: c for name, c in others.items() if c.takes_arrivals}
-        bounded = self._pippin("open", "--max-waiting", str(waiting))
-        name = f"{_OURS}, {waiting} wait at most"
+        bounded = self._pippin("open", "--max-waiting-tokens", str(waiting))
+        name = f"{_OURS}, {waiting} tokens wait at most"
         rivals = {name: self._start(stack, name, bounded), **rivals}
         for number, rate in enumerate(rates):
             arrivals = poisson(rate, args.seconds, args.seed + number)
@@ -237,7 +237,7 @@ def _parse() -> argparse.Namespace:
     )
     add("--rates", nargs="*", type=float, help="requests a second of the open loops; none: no open loop")
     add("--seconds", type=float, default=30.0, help="for which they come (%(default)g)")
-    add("--max-waiting", type=int, help="our server's limit in the open loops; by the SLO unless it is given")
+    add("--max-waiting-tokens", type=int, help="our server's limit in the open loops; by the SLO unless it is given")
     add("--slo-first-s", type=float, default=2.0, help="to the first token (%(default)g)")
     add("--slo-token-s", type=float, default=0.3, help="a token after it, on average (%(default)g)")
     add("--prompt-tokens", type=int, default=128)

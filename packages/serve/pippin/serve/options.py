@@ -193,7 +193,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
         "--max-waiting-tokens",
         type=_positive,
         default=defaults.max_waiting_tokens,
-        help="tokens of their prompts (%(default)s)",
+        help="tokens of prompts that wait or are being computed (%(default)s)",
     )
     add("--max-tokens", type=_positive, default=defaults.limits.max_tokens, help="of output (%(default)s)")
     add(

@@ -49,7 +49,7 @@ class QueueLimits:
     """What may wait, and for how long the engine may stand still."""
 
     max_waiting: int = 256  # requests
-    max_waiting_tokens: int = 131_072  # of their prompts
+    max_waiting_tokens: int = 131_072  # of their prompts, and of those that are being computed
     stall_s: float = 60.0  # without a step, while there is work: the engine hangs
 
 
@@ -236,19 +236,19 @@ class Engine:
 
     def _require_room(self, request: Request) -> None:
         waiting, queue = self._scheduler.waiting, self.queue
-        tokens = waiting.num_tokens + len(request.prompt)
-        # A prompt that is longer than the queue is taken where nothing waits.
-        if len(waiting) < queue.max_waiting and (tokens <= queue.max_waiting_tokens or len(waiting) == 0):
+        ahead, count = self._scheduler.tokens_ahead(), len(request.prompt)
+        # A prompt that is longer than the limit is taken where it is the only one.
+        if len(waiting) < queue.max_waiting and (ahead + count <= queue.max_waiting_tokens or ahead == 0):
             return
         # Where others fill the queue, there is still a place for who has less than a share of it.
         shares = waiting.num_tenants + 1
-        own, own_tokens = waiting.waiting(request.tenant)
-        own_tokens += len(request.prompt)
+        own, _ = waiting.waiting(request.tenant)
+        own_tokens = self._scheduler.tokens_ahead(request.tenant) + count
         if own < queue.max_waiting // shares and own_tokens <= queue.max_waiting_tokens // shares:
             return
-        retry_after_s = min(60.0, max(1.0, waiting.num_tokens / max(self._tokens_per_s, 1.0)))
+        retry_after_s = min(60.0, max(1.0, ahead / max(self._tokens_per_s, 1.0)))
         raise QueueFullError(
-            f"{len(waiting)} requests with {waiting.num_tokens} tokens wait already, of {queue.max_waiting} and "
+            f"{len(waiting)} requests wait already, and {ahead} tokens are to be computed first, of {queue.max_waiting} and "
             f"{queue.max_waiting_tokens} at most. Try again in {retry_after_s:.0f} s.",
             retry_after_s,
         )

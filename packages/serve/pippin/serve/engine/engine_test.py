@@ -120,7 +120,7 @@ def test_a_full_queue_refuses_with_when_to_come_again(make_engine):
     callers = [submit(engine, "0")]
     wait_for(lambda: engine.load().num_running == 1)
     callers += [submit(engine, "1"), submit(engine, "2")]
-    with pytest.raises(QueueFullError, match="2 requests with 10 tokens wait already") as caught:
+    with pytest.raises(QueueFullError, match="2 requests wait already, and 15 tokens are") as caught:
         submit(engine, "3")
     assert 1 <= caught.value.retry_after_s <= 60
     runner.hold.set()
@@ -131,11 +131,16 @@ def test_a_full_queue_refuses_with_when_to_come_again(make_engine):
 def test_the_queue_is_limited_in_tokens_too(make_engine):
     engine, runner = make_engine(queue=QueueLimits(max_waiting_tokens=12))
     runner.hold.clear()
-    submit(engine, "0")
+    callers = [submit(engine, "0", b"x" * 20)]  # there is no other: it is taken
+    with pytest.raises(QueueFullError, match="20 tokens are to be computed first"):
+        submit(engine, "1", b"x")
     wait_for(lambda: engine.load().num_running == 1)
-    submit(engine, "1", b"x" * 20)  # nothing waits: it is taken
-    with pytest.raises(QueueFullError, match="1 requests with 20 tokens"):
-        submit(engine, "2", b"x")
+    with pytest.raises(QueueFullError, match="0 requests wait already, and 20 tokens"):
+        submit(engine, "1", b"x")  # its prompt is not computed yet
+    runner.hold.set()
+    callers[0].wait()
+    callers += [submit(engine, "1", b"x" * 8)]
+    callers[1].wait()
 
 
 def test_what_can_never_be_served_is_refused(make_engine):

@@ -159,6 +159,19 @@ class Scheduler:
         """The ids of those that are served, or were and gave up their turn."""
         return [g.request.request_id for g in self._generations.values() if g.scheduled is not None]
 
+    def tokens_ahead(self, tenant: str | None = None) -> int:
+        """Tokens that are computed before a new request's prompt: of what waits, and of prompts that are not computed.
+
+        Args:
+            tenant: whose; None: of all.
+        """
+        waiting = self.waiting.num_tokens if tenant is None else self.waiting.waiting(tenant)[1]
+        return waiting + sum(
+            max(0, len(generation.request.prompt) - generation.num_computed)
+            for generation in self.running.values()
+            if tenant in (None, generation.tenant)
+        )
+
     def add(self, request: Request, now: float) -> Generation:
         """Takes a request, which fits into the cache and whose id is not in use."""
         assert request.request_id not in self and request.num_tokens <= self.limits.max_context
