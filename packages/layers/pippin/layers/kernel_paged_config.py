@@ -31,7 +31,7 @@ class PagedBlockwiseKernelConfig(
 ):
     """The pages of all rows, some at a time: as many turns as the longest row has blocks."""
 
-    block_size: int = 256  # keys of each row at a time, in whole pages
+    block_size: int = 64  # keys of each row at a time, in whole pages
 
     def validate(self) -> None:
         _check_block("PagedBlockwiseKernel", self.block_size)
