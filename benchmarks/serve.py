@@ -237,7 +237,11 @@ def _parse() -> argparse.Namespace:
     )
     add("--rates", nargs="*", type=float, help="requests a second of the open loops; none: no open loop")
     add("--seconds", type=float, default=30.0, help="for which they come (%(default)g)")
-    add("--max-waiting-tokens", type=int, help="our server's limit in the open loops; by the SLO unless it is given")
+    add(
+        "--max-waiting-tokens",
+        type=int,
+        help="our server's limit in the open loops; by the SLO unless it is given",
+    )
     add("--slo-first-s", type=float, default=2.0, help="to the first token (%(default)g)")
     add("--slo-token-s", type=float, default=0.3, help="a token after it, on average (%(default)g)")
     add("--prompt-tokens", type=int, default=128)

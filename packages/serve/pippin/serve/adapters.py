@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pippin.core import adapter as stored
-from pippin.core.errors import PippinError
+from pippin.core.errors import CheckpointError, PippinError
 from pippin.serve.engine.request import Adapter
 from pippin.serve.errors import NotFoundError, PreconditionError
 
@@ -54,8 +54,9 @@ class Adapters:
     Clients and administrators name adapters, and never a path. Its methods are for one event loop.
     """
 
-    def __init__(self, directory: Path, slots: Slots):
-        self._directory, self._slots = directory, slots
+    def __init__(self, directory: Path, slots: Slots, model_name: str = ""):
+        """`model_name`: of the base, which no adapter may have."""
+        self._directory, self._slots, self._model_name = directory, slots, model_name
         self._loaded: dict[str, Loaded] = {}  # name -> loaded
         self._free = list(range(slots.count, 0, -1))
         self._numbers = itertools.count(1)
@@ -81,6 +82,10 @@ class Adapters:
             if name in self._loaded:
                 return self._loaded[name]
             path = self._path(name)
+            if name == self._model_name:
+                raise PreconditionError(
+                    f"{name} is the name of the model, and whoever asks for it gets that. Register the adapter under another."
+                )
             if not self._free:
                 names = ", ".join(sorted(self._loaded)) or "none"
                 raise PreconditionError(
@@ -90,10 +95,11 @@ class Adapters:
             slot = self._free.pop()
             try:
                 rank = await asyncio.to_thread(self._read, path, slot)
-            except PippinError as error:
+            except (PippinError, OSError, UnicodeDecodeError) as error:
                 self._free.append(slot)
                 # Files are told by the adapter's name: a client learns no path of this machine.
-                text = str(error).replace(str(self._directory.absolute()), "").lstrip("/")
+                text = "its files cannot be read" if not isinstance(error, PippinError) else str(error)
+                text = text.replace(str(self._directory.absolute()), "").lstrip("/")
                 raise PreconditionError(f"The adapter {name} was not loaded: {text}") from error
             except BaseException:
                 self._free.append(slot)
@@ -162,6 +168,8 @@ class Adapters:
         return path
 
     def _read(self, path: Path, slot: int) -> int:
+        if any(file.is_symlink() for file in path.iterdir()):
+            raise CheckpointError(f"{path} holds links. Copy the files into it.")
         adapter = stored.load_adapter(path)
         self._slots.put(slot, adapter)
         return adapter.rank

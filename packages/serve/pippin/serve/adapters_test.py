@@ -116,9 +116,22 @@ async def test_what_cannot_be_loaded_takes_no_slot_and_tells_no_path(registered)
     _write(registered, "other", base="another")
     (registered / "empty").mkdir()
     (registered / "poems" / "adapter.safetensors").write_bytes(b"")
-    adapters = Adapters(registered, _Slots())
+    _write(registered, "links", "binary", "letters")
+    (registered / "links" / "adapter.safetensors").unlink()
+    (registered / "links" / "adapter.safetensors").symlink_to(registered / "sums" / "adapter.safetensors")
+    (registered / "binary" / "manifest.textproto").write_bytes(b"\xff\xfe")
+    (registered / "folder" / "manifest.textproto").mkdir(parents=True)
+    adapters = Adapters(registered, _Slots(), "letters")
     for _ in range(3):
-        for name, match in (("other", "another model"), ("empty", "is absent"), ("poems", "has 0 bytes")):
+        for name, match in (
+            ("other", "another model"),
+            ("empty", "is absent"),
+            ("poems", "has 0 bytes"),
+            ("links", "holds links"),
+            ("binary", "not loaded: "),
+            ("folder", "cannot be read"),
+            ("letters", "is the name of the model"),
+        ):
             with pytest.raises(PreconditionError, match=match) as error:
                 await adapters.load(name)
             assert str(registered) not in str(error.value)

@@ -144,7 +144,7 @@ def open_served(
     slots = None
     if adapters is not None:
         slots = AdapterSlots(runner, stored, paths, signature)
-        served = dataclasses.replace(served, adapters=Adapters(adapters.directory, slots))
+        served = dataclasses.replace(served, adapters=Adapters(adapters.directory, slots, served.name))
     floats = cfg.activation_dtype.value
     served = dataclasses.replace(
         served,

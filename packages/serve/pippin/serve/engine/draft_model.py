@@ -10,7 +10,9 @@ from pippin.serve.engine.scheduler import Row
 
 _log = logging.getLogger(__name__)
 
-_MANY_FAILURES = 3
+_MANY_FAILURES = 3  # one after the other
+# Tokens of answers that are read in a step because they were not when they came, as no guesses were wanted.
+_MOST_BEHIND = 32
 
 
 class DraftRunner(Protocol):
@@ -39,24 +41,29 @@ class DraftModel:
     def __init__(self, runner: DraftRunner):
         self._runner = runner
         self._known: dict[str, int] = {}  # request -> its tokens that were read, of those in the last step
+        self._lost: set[str] = set()  # requests of which it has forgotten what it read
         self._num_failures = 0
 
     def draft(self, rows: Sequence[Row]) -> Sequence[Row]:
         """The rows of a step with guesses, as many at most as each has room for. Prompts are read."""
-        if self._num_failures >= _MANY_FAILURES:
-            return rows
         try:
             drafts = self._drafts(rows)
         except Exception:  # noqa: BLE001  a guess is not worth a request
-            self._failed()
+            self._failed(rows)
             return rows
         return [row.with_drafts(drafts.get(row.request_id, ())) for row in rows]
 
-    def _failed(self) -> None:
+    @property
+    def has_given_up(self) -> bool:
+        """Whether it failed too often: it is not to be asked any more."""
+        return self._num_failures >= _MANY_FAILURES
+
+    def _failed(self, rows: Sequence[Row]) -> None:
         self._num_failures += 1
+        self._lost |= {row.request_id for row in rows}
         _log.exception(
             "the draft model failed: %s",
-            "a step goes without it" if self._num_failures < _MANY_FAILURES else "it is asked no more",
+            "it is asked no more" if self.has_given_up else "a step goes without it",
         )
         try:
             self._runner.reset()
@@ -66,12 +73,22 @@ class DraftModel:
 
     def _drafts(self, rows: Sequence[Row]) -> dict[str, list[int]]:
         """Guesses for each request that has room for any."""
-        asked = [row for row in rows if row.is_prompt or row.draft_room > 0]
-        reading = [self._unread(row) for row in asked]
+        reading, behind = [], _MOST_BEHIND
+        for row in rows:
+            if row.request_id in self._lost:
+                continue
+            if row.is_prompt:  # it reads what the larger model reads
+                reading.append(
+                    dataclasses.replace(row, sampling=None, sums=False, adapter_slot=0, constraint=None)
+                )
+            elif row.draft_room > 0 and (unread := self._unread(row, behind)) is not None:
+                reading.append(unread)
+                behind -= len(unread.tokens) - 1
         drafts: dict[str, list[int]] = {}
-        room = {row.request_id: row.draft_room for row in asked}
+        room = {row.request_id: row.draft_room for row in rows}
         while reading:
             chosen = self._runner.run(reading)
+            self._num_failures = 0
             following = []
             for row, of_row in zip(reading, chosen, strict=True):
                 self._known[row.request_id] = row.position + len(row.tokens)
@@ -87,19 +104,26 @@ class DraftModel:
                     )
             reading = following
         ids = {row.request_id for row in rows}
+        self._lost &= ids
         self._known = {request_id: n for request_id, n in self._known.items() if request_id in ids}
         return drafts
 
-    def _unread(self, row: Row) -> Row:
-        """What the model has to read before it can guess; of a prompt, what the larger one reads."""
-        if row.is_prompt:
-            return dataclasses.replace(row, sampling=None, sums=False, adapter_slot=0, constraint=None)
+    def _unread(self, row: Row, behind: int) -> Row | None:
+        """What the model has to read before it can guess, or the first part of it; None: none of it in this step.
+
+        Args:
+            row: of an answer.
+            behind: tokens that may be read beside the newest.
+        """
         stop = row.position + len(row.tokens)
         # What it has not read because no guesses were wanted; not what guesses were wrong about.
         known = max(row.num_prompt, min(self._known.get(row.request_id, row.position), row.position))
-        return dataclasses.replace(
-            row, tokens=row.history[known:stop], position=known, adapter_slot=0, sampling=_plain(row)
+        part = min(stop, known + behind + 1)
+        sampling = _plain(row) if part == stop else None
+        unread = dataclasses.replace(
+            row, tokens=row.history[known:part], position=known, adapter_slot=0, sampling=sampling
         )
+        return unread if part == stop or behind > 0 else None
 
 
 def _plain(row: Row) -> Sampling | None:

@@ -1,5 +1,6 @@
 """A draft model: its guesses save steps, and change no answer, whatever it guesses and however it fails."""
 
+import dataclasses
 import queue
 
 import pytest
@@ -77,12 +78,45 @@ def test_a_model_that_is_often_wrong_changes_no_answer(pages):
 
 
 def test_a_model_that_fails_is_asked_no_more(caplog):
-    requests, draft = _requests(), FakeRunner(_LIMITS)
-    draft.broken = {"0"}
-    found, _, load = _serve(requests, draft)
+    limits = dataclasses.replace(_LIMITS, max_requests=1)
+    requests, draft = _requests(), FakeRunner(limits)
+    draft.broken = {r.request_id for r in requests}
+    found, _, load = _serve(requests, draft, limits)
     assert found == _expected(requests)
     assert caplog.text.count("the draft model failed") == 3 and "asked no more" in caplog.text
     assert load.used_pages == 0
+
+
+def test_a_model_that_fails_now_and_then_is_asked_again(caplog):
+    class Moody(FakeRunner):
+        count = 0
+
+        def run(self, rows):
+            self.count += 1
+            if self.count % 4 == 0:
+                raise RuntimeError("not now")
+            return super().run(rows)
+
+    # One after the other: of what it was reading when it failed, it guesses no more.
+    limits = dataclasses.replace(_LIMITS, max_requests=1)
+    requests = [dataclasses.replace(r, prompt=(100 + i, *r.prompt)) for i, r in enumerate(_requests(12))]
+    found, _, load = _serve(requests, Moody(limits), limits)
+    assert found == _expected(requests)
+    assert caplog.text.count("the draft model failed") > 3 and "asked no more" not in caplog.text
+    assert load.drafts > 0
+
+
+def test_what_was_not_read_is_read_in_parts():
+    limits = Limits(num_pages=512, page_size=4, max_requests=8, chunk_tokens=32, row_tokens=4)
+    # Eight answers leave no room for guesses, until the first one ends: the others are far behind by then.
+    requests = _requests(8, max_tokens=120)
+    requests[0] = dataclasses.replace(requests[0], max_tokens=60)
+    draft = FakeRunner(limits)
+    found, _, load = _serve(requests, draft, limits)
+    assert found == _expected(requests)
+    answers = [sum(len(row.tokens) for row in step if not row.is_prompt) for step in draft.steps]
+    assert max(answers) <= 32 + 8
+    assert load.right_drafts > 0
 
 
 def test_a_model_whose_cache_is_gone_is_asked_no_more(caplog):

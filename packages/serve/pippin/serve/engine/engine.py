@@ -237,8 +237,11 @@ class Engine:
     def _require_room(self, request: Request) -> None:
         waiting, queue = self._scheduler.waiting, self.queue
         ahead, count = self._scheduler.tokens_ahead(), len(request.prompt)
-        # A prompt that is longer than the limit is taken where it is the only one.
-        if len(waiting) < queue.max_waiting and (ahead + count <= queue.max_waiting_tokens or ahead == 0):
+        # A prompt that is longer than the limit is taken where none waits.
+        fits = ahead + count <= queue.max_waiting_tokens
+        if len(waiting) < queue.max_waiting and (
+            fits or (count > queue.max_waiting_tokens and len(waiting) == 0) or ahead == 0
+        ):
             return
         # Where others fill the queue, there is still a place for who has less than a share of it.
         shares = waiting.num_tenants + 1
@@ -276,7 +279,7 @@ class Engine:
         if changes and not self._stopped:
             self._change()
         elif rows and not self._stopped:
-            self._step(rows if self._draft_model is None else self._draft_model.draft(rows))
+            self._step(rows)
 
     def _change(self) -> None:
         """Makes the change that waits; nothing is being served."""
@@ -359,6 +362,7 @@ class Engine:
 
     def _step(self, rows: Sequence[Row]) -> None:
         start = self.clock()
+        rows = self._with_guesses(rows)
         try:
             sampled = self._runner.run(rows)
         except Exception:  # noqa: BLE001  whatever it was, the other requests go on
@@ -381,6 +385,16 @@ class Engine:
         self._deliver()
         self._tell(lambda observer: observer.on_step(num_tokens, len(rows), now - start))
         self._tell(lambda observer: observer.on_tokens(gaps))
+
+    def _with_guesses(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows with the draft model's guesses, if there is one. Once it is of no use, guesses come from the texts."""
+        if self._draft_model is None:
+            return rows
+        rows = self._draft_model.draft(rows)
+        if self._draft_model.has_given_up:
+            self._draft_model = None
+            self._scheduler.drafts_by_model = False
+        return rows
 
     def _advance(
         self, rows: Sequence[Row], sampled: Sequence[Sequence[Sampled] | Sums], now: float

@@ -21,6 +21,7 @@ from pippin.serve.http.fields import Fields, prompts_of
 from pippin.serve.http.guard import caller_of
 from pippin.serve.http.http_limits import HttpLimits
 from pippin.serve.http.problem import Problem
+from pippin.serve.request_limits import RequestLimits
 from pippin.serve.trace import trace_headers
 from pippin.serve.validate import validate_embed
 from pippin.v1 import inference_pb2 as pb
@@ -102,6 +103,9 @@ def embed_question(values: Mapping[str, Any]) -> EmbedQuestion:
     prompts = prompts_of(fields.take_any("input"))
     if prompts is None:
         fields.wrong("input", "must be a text, an array of token ids, or an array of such")
+    elif len(prompts) > (most := RequestLimits().max_batch):  # before a message is made of each
+        fields.wrong("input", f"has {len(prompts)} texts; at most {most} are taken")
+        prompts = None
     model, form = fields.take("model", "a text"), fields.take("encoding_format", "a text")
     if form not in (None, *_FORMATS):
         fields.wrong("encoding_format", f"must be one of {', '.join(_FORMATS)}")

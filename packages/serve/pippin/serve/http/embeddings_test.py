@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 
 from pippin.serve.engine.testing import hidden
+from pippin.serve.errors import InvalidRequestError
+from pippin.serve.http.embeddings import embed_question
 from pippin.serve.request_limits import RequestLimits
 from pippin.serve.testing import fake_backend, serving
+from pippin.v1 import inference_pb2 as pb
 
 PATH = "/v1/embeddings"
 
@@ -82,3 +85,11 @@ async def test_a_timeout_that_passes_is_a_504():
 async def test_the_context_bounds_a_text_and_the_limits_all_texts():
     response = await post({"input": ["a" * 512] * 3}, limits=RequestLimits(max_batch=2))
     assert response.status_code == 400 and "at most 2" in response.json()["error"]["message"]
+
+
+async def test_of_a_million_texts_no_message_is_made(monkeypatch):
+    made, request = [], pb.EmbedRequest
+    monkeypatch.setattr(pb, "EmbedRequest", lambda: made.append(request()) or made[-1])
+    with pytest.raises(InvalidRequestError, match="has 1000000 texts; at most"):
+        embed_question({"input": [[1]] * 1_000_000})
+    assert len(made) == 1  # what all have in common
