@@ -48,10 +48,9 @@ class Baseline:
             f"it ended with {server.process.returncode}: {server.log[-3000:]}"
         )
         wait_for(server.is_idle, f"nothing to do and nothing held, {server.load()}")
-        metrics = server.metrics()
-        by_reason = ended(self.metrics, metrics)
-        taken = metrics["num_requests_taken_total"] - self.metrics["num_requests_taken_total"]
-        assert taken == sum(by_reason.values()), f"{taken} were taken, {by_reason} ended"
+        # Counted by the engine's thread, once the step is done in which a request ended.
+        wait_for(lambda: self._taken() == sum(self._ended().values()), "as many ended as were taken")
+        by_reason = self._ended()
         assert server.get("health")
         assert answers_of(server) == self.answers, "the same questions, other answers"
         wait_for(server.is_idle, "the canary is done")
@@ -62,6 +61,13 @@ class Baseline:
         lines = [line for line in server.log[self.log_size :].splitlines() if _BAD.search(line)]
         assert all(re.search(may_log, line) for line in lines), server.log[self.log_size :][-5000:]
         return by_reason
+
+    def _taken(self) -> int:
+        name = "num_requests_taken_total"
+        return int(self.server.metrics()[name] - self.metrics[name])
+
+    def _ended(self) -> dict[str, int]:
+        return ended(self.metrics, self.server.metrics())
 
 
 def baseline(server: ServerProcess) -> Baseline:

@@ -38,8 +38,8 @@ class MultiLoRALinear(Module):
         self.up = parameter(constant_init(0.0), rngs, shape, axes, fan_in=cfg.rank)
         self.slots = nnx.Param(jnp.zeros((0,), jnp.int32), axes=(None,))
 
-    def __call__(self, x: Float[Array, "B *T I"]) -> Float[Array, "B *T O"]:
-        y, slots = self.base(x), self.slots[...]
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        y, slots = self.base(x), self.slots[...]  # of the first dim of x, if there are any
         if slots.shape[0] == 0:
             return y
         segments = x.reshape(x.shape[0], -1, x.shape[-1])
