@@ -12,6 +12,7 @@ from typing import Protocol
 
 from pippin.core import adapter as stored
 from pippin.core.errors import CheckpointError, PippinError
+from pippin.serve.busy_threads import in_busy_thread
 from pippin.serve.engine.request import Adapter
 from pippin.serve.errors import NotFoundError, PreconditionError
 
@@ -94,7 +95,7 @@ class Adapters:
                 )
             slot = self._free.pop()
             try:
-                rank = await asyncio.to_thread(self._read, path, slot)
+                rank = await in_busy_thread(self._read, path, slot)
             except (PippinError, OSError, UnicodeDecodeError) as error:
                 self._free.append(slot)
                 # Files are told by the adapter's name: a client learns no path of this machine.

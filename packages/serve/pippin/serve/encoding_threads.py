@@ -2,9 +2,11 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from pippin.serve.busy_threads import NAME
 from pippin.serve.errors import QueueFullError
 
 _RETRY_S = 1.0
@@ -19,7 +21,9 @@ class EncodingThreads:
 
     def __init__(self, num_threads: int, max_waiting: int):
         """`max_waiting`: what waits or runs, of those who have not gone."""
-        self._threads = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="encode")
+        self._threads = concurrent.futures.ThreadPoolExecutor(
+            num_threads, thread_name_prefix=f"{NAME} encoding"
+        )
         self._num_free, self._max_waiting = num_threads, max_waiting
         self._num_of: dict[str, int] = {}  # tenant -> what waits or runs
         # tenant -> its turns, in their order (to None); the first tenant is the next
@@ -40,8 +44,13 @@ class EncodingThreads:
         try:
             await self._turn(tenant)
             loop, running = asyncio.get_running_loop(), self._threads.submit(function, argument)
+
+            def give_back(_: object) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(self._next)
+
             # Also where nobody waits for it any more: the thread is busy until then.
-            running.add_done_callback(lambda _: loop.call_soon_threadsafe(self._next))
+            running.add_done_callback(give_back)
             return await asyncio.wrap_future(running)
         finally:
             self._num_of[tenant] -= 1
@@ -49,8 +58,8 @@ class EncodingThreads:
                 del self._num_of[tenant]
 
     def close(self) -> None:
-        """Ends the threads. Nothing may be running."""
-        self._threads.shutdown()
+        """Ends the threads, each behind what it does, which nobody may wait for; does not wait itself."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _turn(self, tenant: str) -> None:
         """Waits for a thread."""

@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import threading
+import time
 
 import pytest
 
+from pippin.serve.busy_threads import any_busy
 from pippin.serve.encoding_threads import EncodingThreads
 from pippin.serve.errors import QueueFullError
 
@@ -68,6 +70,18 @@ async def test_those_who_go_leave_nothing_behind_but_what_runs():
         assert not waits.done()
         held.set()
         assert await waits == 3
+
+
+async def test_closing_waits_for_nothing():
+    threads, held = EncodingThreads(1, 64), threading.Event()
+    (task,) = await started(threads.run("a", lambda _: held.wait(20), None))
+    task.cancel()
+    start = time.monotonic()
+    threads.close()
+    assert time.monotonic() - start < 1 and any_busy()
+    held.set()
+    while any_busy():
+        await asyncio.sleep(0.001)
 
 
 async def test_a_turn_that_comes_when_its_tenant_has_gone_is_the_next_ones():

@@ -15,6 +15,7 @@ from pippin.core.config import Config
 from pippin.core.config_tree import diff
 from pippin.core.errors import PippinError
 from pippin.core.module import flatten_params
+from pippin.core.tokenizer import load_tokenizer, read_tokenizer_object, token_text, tokenizer_files
 from pippin.layers.adapter import model_signature
 from pippin.layers.model_files import open_model
 from pippin.serve.adapter_slots import AdapterSlots
@@ -24,8 +25,7 @@ from pippin.serve.runner import ModelRunner
 _log = logging.getLogger(__name__)
 
 _MAX_DIFFERENCES = 8  # that are told
-_TOKENIZER_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt"})
-_INDEX = ".index.json"  # of weights, which lie in the same folder
+_ONLY_IDS = ("config.json", "generation_config.json")
 
 
 class Reader:
@@ -41,7 +41,7 @@ class Reader:
     ):
         """`cast`: parameters as they were read into those of the model that the runner was made of."""
         self._path, self._runner, self._cast, self._slots = path, runner, cast, slots
-        self._component, self._tokenizer = bundle.component, _digests(bundle.tokenizer)
+        self._component, self._tokenizer = bundle.component, _tokenizer_facts(bundle.tokenizer)
 
     def __call__(self) -> Callable[[], None]:
         """Reads all weights, and checks them; what the result does, between two steps, takes no time.
@@ -54,7 +54,7 @@ class Reader:
         start = time.monotonic()
         try:
             bundle = open_model(self._path)
-            self._require_same(bundle.component, _digests(bundle.tokenizer))
+            self._require_same(bundle.component, _tokenizer_facts(bundle.tokenizer))
             params = bundle.params()
         except PreconditionError:
             raise
@@ -76,7 +76,7 @@ class Reader:
 
         return exchange
 
-    def _require_same(self, component: Config, tokenizer: dict[str, str]) -> None:
+    def _require_same(self, component: Config, tokenizer: dict[str, object]) -> None:
         differences = diff(self._component, component)
         names = sorted({*self._tokenizer, *tokenizer})
         differences += [f"tokenizer: {n}" for n in names if self._tokenizer.get(n) != tokenizer.get(n)]
@@ -95,12 +95,27 @@ def _require_finite(params: Any) -> None:
             raise PreconditionError(f"The model's files cannot be served: {name} is not finite.")
 
 
-def _digests(folder: Path | None) -> dict[str, str]:
-    """SHA-256 of each file of a tokenizer, by its name."""
+def _tokenizer_facts(folder: Path | None) -> dict[str, object]:
+    """What a tokenizer and its template make of texts depends on, by name, and on nothing else in the folder.
+
+    Others write there too: beside a Hugging Face model lies the state of its training, and config.json has the version of who
+    wrote it. Of that, and of generation_config.json, only ids are read.
+    """
     if folder is None:
         return {}
+    tokenizer, config_name = load_tokenizer(folder), "tokenizer_config.json"
+    config = read_tokenizer_object(folder / config_name)
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.iterdir()
-        if path.is_file() and path.suffix in _TOKENIZER_SUFFIXES and not path.name.endswith(_INDEX)
+        **{
+            path.name: hashlib.sha256(path.read_bytes()).digest()
+            for path in tokenizer_files(folder)
+            if path.name != config_name and path.name not in _ONLY_IDS
+        },
+        config_name: [
+            config.get("add_bos_token"),
+            config.get("chat_template"),
+            {name: token_text(value) for name, value in config.items() if name.endswith("_token")},
+        ],
+        "special ids": [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.start_ids],
+        "ids that end a text": tokenizer.eos_ids,
     }

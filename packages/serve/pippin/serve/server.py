@@ -18,6 +18,7 @@ import grpc.aio
 from pippin.core.errors import PippinError
 from pippin.serve.addresses import is_local, require_free
 from pippin.serve.backend import Backend
+from pippin.serve.busy_threads import any_busy
 from pippin.serve.callers import Identities, identities
 from pippin.serve.engine.engine import Engine, QueueLimits
 from pippin.serve.frontend import Frontend
@@ -234,6 +235,9 @@ def run(open_backend: Callable[[Options], Backend], argv: Sequence[str] | None =
         return 2
     finally:
         _flush_all()
+    if any_busy():
+        # They read files, or texts of calls that have ended. Python would wait for them, or end under their hands.
+        os._exit(0)
     return 0
 
 

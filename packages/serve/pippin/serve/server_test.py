@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2
 
 from pippin.core.errors import ConfigError
 from pippin.serve.addresses import require_free
+from pippin.serve.busy_threads import NAME
 from pippin.serve.options import Options
 from pippin.serve.server import open_backend, run, start
 from pippin.serve.testing import fake_backend
@@ -25,10 +26,10 @@ from pippin.v1 import inference_pb2 as pb
 
 
 @contextlib.contextmanager
-def program(*flags, step_s=0.0):
+def program(*flags, step_s=0.0, code=("-m", "pippin.serve.fake_server")):
     """A server as a process of its own, and its READY line."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pippin.serve.fake_server", str(step_s), "--port", "0", *flags],
+        [sys.executable, *code, str(step_s), "--port", "0", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -40,6 +41,25 @@ def program(*flags, step_s=0.0):
     finally:
         process.kill()
         process.communicate()
+
+
+# The fake server, where a model is read for 60 s, and so is a text that begins with "slow".
+_SLOW = """
+import dataclasses, sys, time
+from pippin.serve.fake_server import open_backend
+from pippin.serve.server import run
+
+def slow(options):
+    backend = open_backend(options)
+    encode = backend.model.encode
+    return dataclasses.replace(backend, model=dataclasses.replace(
+        backend.model,
+        encode=lambda text: (time.sleep(60 if text.startswith("slow") else 0), encode(text))[1],
+        read_anew=lambda: (time.sleep(60), lambda: None)[1],
+    ))
+
+sys.exit(run(slow, sys.argv[2:]))
+"""
 
 
 def generate(channel, **fields):
@@ -136,6 +156,33 @@ def test_a_watcher_of_health_does_not_hold_the_exit():
         assert process.wait(4) == 0
 
 
+@pytest.mark.parametrize("what", ["text", "model"])
+def test_what_is_being_read_does_not_hold_the_exit(what):
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as folder,
+        program(
+            *("--withdraw", "0", "--grace", "0.5", "--admin-address", f"unix:{folder}/admin"),
+            code=("-c", _SLOW),
+        ) as (process, ready),
+        grpc.insecure_channel(ready[1]) as channel,
+        grpc.insecure_channel(f"unix:{folder}/admin") as admin,
+    ):
+        if what == "text":
+            count = channel.unary_unary("/pippin.v1.Inference/CountTokens")
+            with pytest.raises(grpc.RpcError):
+                count(pb.CountTokensRequest(text="slow").SerializeToString(), timeout=0.5)
+        else:
+            call = admin.unary_unary("/pippin.v1.Admin/Reload").future(b"", timeout=50)
+            time.sleep(0.5)
+            assert not call.done()
+        # Another call is answered meanwhile, to its end.
+        taken = generate(channel, max_tokens=3)
+        assert list(taken)[-1].finished.finish_reason == pb.FINISH_REASON_LENGTH
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
 def test_the_second_sigterm_ends_it_at_once():
     with program("--withdraw", "30", step_s=0.05) as (process, _):
         process.send_signal(signal.SIGTERM)
@@ -195,7 +242,7 @@ async def test_a_start_that_fails_half_way_leaves_nothing_open(fails):
         if fails == "metrics":
             with socket.socket(socket.AF_UNIX) as probe:
                 assert probe.connect_ex(f"{folder}/admin") != 0
-    assert not [t for t in threading.enumerate() if t.name == "engine" or t.name.startswith("encode")]
+    assert not [t for t in threading.enumerate() if t.name == "engine" or t.name.startswith(NAME)]
 
 
 def test_a_port_that_is_taken_is_a_mistake_of_the_user():

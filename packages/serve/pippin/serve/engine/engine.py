@@ -171,7 +171,8 @@ class Engine:
         """Has the engine's thread change what the runner computes with, between two steps.
 
         Requests that had a turn are served to their ends before; those that wait, and those that come, are served after.
-        What the cache holds is forgotten. The result is set when it is done, or has the error of the change.
+        What the cache holds is forgotten. The result is set when it is done, or has the error of the change. Until the change
+        has begun, `cancel` of the result withdraws it, and all goes on as before.
 
         Raises:
             PreconditionError: another change waits.
@@ -182,9 +183,10 @@ class Engine:
                 raise DrainingError("this server is about to stop.")
             if self._exchange is not None:
                 raise PreconditionError("A change waits for requests to end already. Wait for it, too.")
-            self._exchange = _Exchange(change)
+            self._exchange = exchange = _Exchange(change)
             self._lock.notify_all()
-            return self._exchange.done
+        exchange.done.add_done_callback(self._withdraw)
+        return exchange.done
 
     def load(self) -> Load:
         """How busy the engine is now."""
@@ -273,31 +275,37 @@ class Engine:
             self._expire()
             # Until a change that waits is made, only those go on that have begun.
             only = self._suspects.group or (self._scheduler.begun() if self._exchange else None)
-            changes = self._exchange is not None and not only
-            rows = [] if changes else self._scheduler.schedule(self.clock(), only)
+            exchange = None if only else self._exchange
+            rows = [] if exchange else self._scheduler.schedule(self.clock(), only)
         self._deliver()
-        if changes and not self._stopped:
-            self._change()
+        if exchange is not None and not self._stopped:
+            self._change(exchange)
         elif rows and not self._stopped:
             self._step(rows)
 
-    def _change(self) -> None:
+    def _withdraw(self, done: concurrent.futures.Future[None]) -> None:
+        """Forgets a change that nobody wants any more."""
+        with self._lock:
+            if done.cancelled() and self._exchange is not None and self._exchange.done is done:
+                self._exchange = None
+                self._lock.notify_all()
+
+    def _change(self, exchange: _Exchange) -> None:
         """Makes the change that waits; nothing is being served."""
-        exchange, error = self._exchange, None
-        assert exchange is not None
-        wanted = exchange.done.set_running_or_notify_cancel()
-        if wanted:
-            try:
-                exchange.change()
-            except Exception as e:  # noqa: BLE001  whoever asked for it is told, and all else goes on
-                error = e
+        if not exchange.done.set_running_or_notify_cancel():
+            return  # it was withdrawn
+        error = None
+        try:
+            exchange.change()
+        except Exception as e:  # noqa: BLE001  whoever asked for it is told, and all else goes on
+            error = e
         with self._lock:
             self._exchange = None
             self._scheduler.reset()
             self._progress = self.clock()
-        if wanted and error is None:
+        if error is None:
             exchange.done.set_result(None)
-        elif wanted:
+        else:
             exchange.done.set_exception(error)
 
     def _start_over(self) -> None:

@@ -481,6 +481,36 @@ def test_a_change_that_fails_is_told_and_all_goes_on(make_engine):
     engine.exchange(lambda: None).result(20)
 
 
+def test_a_change_that_is_withdrawn_is_not_made_and_all_goes_on(make_engine):
+    engine, runner = make_engine()
+    runner.hold.clear()
+    begun = submit(engine, "begun", b"a", 20)
+    wait_for(lambda: engine.load().num_running == 1)
+    done = engine.exchange(lambda: setattr(runner, "letters", 3))
+    late = submit(engine, "late", b"b", 4)
+    assert done.cancel()
+    runner.hold.set()
+    assert text(late.wait()) == bytes(answer(b"b", 4)).decode()
+    assert text(begun.wait()) == bytes(answer(b"a", 20)).decode()
+    engine.exchange(lambda: setattr(runner, "letters", 2)).result(20)  # the next one is made
+    assert runner.letters == 2
+
+
+def test_a_change_that_has_begun_is_not_withdrawn(make_engine):
+    engine, _ = make_engine()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def change():
+        begun.set()
+        assert go_on.wait(20)
+
+    done = engine.exchange(change)
+    assert begun.wait(20) and not done.cancel()
+    go_on.set()
+    assert done.result(20) is None
+    submit(engine).wait()
+
+
 def test_a_change_ends_with_the_engine(make_engine):
     engine, runner = make_engine()
     runner.hold.clear()
