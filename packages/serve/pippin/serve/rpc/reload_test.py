@@ -127,7 +127,7 @@ async def test_a_reload_gives_up_after_its_timeout_and_holds_nothing(socket_fold
 
 
 @pytest.mark.parametrize("how", ["cancels", "deadline"])
-async def test_a_caller_who_goes_gives_a_reload_up(socket_folder, how):
+async def test_a_caller_who_goes_gives_a_reload_up(socket_folder, how, caplog):
     address = f"unix:{socket_folder}/admin"
     async with (
         serving(_reloading(), admin_address=address) as served,
@@ -149,6 +149,8 @@ async def test_a_caller_who_goes_gives_a_reload_up(socket_folder, how):
         assert text_of(await served.generate(max_tokens=3, seed=1)) and not begun.done()
         await begun
         assert served.runner.letters == 26
+        gc.collect()
+        assert "Nobody waits" in caplog.text and "Traceback" not in caplog.text
 
 
 async def test_a_caller_who_goes_while_files_are_read_gives_a_reload_up(socket_folder):
