@@ -130,10 +130,9 @@ async def test_a_hostile_constraint_is_refused_or_ends_and_holds_nobody_up(name)
         finally:
             stop.set()
             await other
-    # INTERNAL: it was allowed, and reached a limit on the work of a step.
-    assert error is None or error.code() in (INVALID, grpc.StatusCode.INTERNAL), error
+    assert error is None or error.code() is INVALID, error
     assert took < 20 and longest < 3, (took, longest)
-    before.check(may_log="failed at a token|RuntimeError|Traceback")
+    assert "failed" not in before.check()
 
 
 @pytest.mark.parametrize("kind", ["batch", "chat", "ids"])

@@ -11,9 +11,12 @@ import numpy as np
 
 from pippin.core.errors import DataError
 from pippin.core.tokenizer import Tokenizer
+from pippin.serve.errors import ConstraintError
 from pippin.serve.served_model import ConstraintSpec, Grammar, JsonSchema, OneOf, Regex
 
 _MAX_ERROR_CHARS = 300
+# How llguidance tells a token that its mask did not allow, for which no grammar is at fault.
+_NOT_ALLOWED = "doesn't satisfy the grammar"
 
 
 class ConstraintCompiler:
@@ -54,12 +57,12 @@ class MatcherConstraint:
         self._matcher = matcher
 
     def write_mask(self, allowed: np.ndarray) -> None:
-        """Raises RuntimeError where a limit on the work of a step is reached."""
+        """Raises ConstraintError where a limit on the work of a step is reached, or nothing is allowed."""
         llguidance.numpy.fill_next_token_bitmask(self._matcher, allowed[None])
         self._require_fine()
 
     def accept(self, token: int) -> bool:
-        """Raises RuntimeError where the token was not allowed."""
+        """Raises ConstraintError where a limit on the work of a step is reached, RuntimeError where the token is not allowed."""
         self._matcher.consume_token(token)
         self._require_fine()
         return self._matcher.is_stopped()
@@ -69,8 +72,12 @@ class MatcherConstraint:
         return MatcherConstraint(self._matcher.deep_copy())
 
     def _require_fine(self) -> None:
-        if self._matcher.is_error():
-            raise RuntimeError(self._matcher.get_error())
+        if not self._matcher.is_error():
+            return
+        message = self._matcher.get_error()
+        if _NOT_ALLOWED in message:
+            raise RuntimeError(message)
+        raise ConstraintError(_brief(message))
 
 
 class _Vocabulary:

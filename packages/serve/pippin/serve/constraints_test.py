@@ -11,6 +11,7 @@ from tokenizers import models
 from pippin.core.errors import DataError
 from pippin.core.tokenizer import JsonTokenizer
 from pippin.serve.constraints import ConstraintCompiler
+from pippin.serve.errors import ConstraintError
 from pippin.serve.served_model import Grammar, JsonSchema, OneOf, Regex
 from pippin.serve.tokenizer_testing import make_tokenizer
 
@@ -95,6 +96,22 @@ def test_a_token_that_is_not_allowed_is_an_error():
     constraint = _COMPILE(Regex("a"))
     with pytest.raises(RuntimeError):
         constraint.accept(_TOKENIZER.encode("b")[0])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Grammar('start: "a"~1000000'),
+        Grammar("start: start"),
+        Regex("(.|\n)*" * 200),
+        JsonSchema(json.dumps({"type": "object", "properties": {f"p{i}": {} for i in range(2500)}})),
+    ],
+    ids=["long", "nothing", "expressions", "items"],
+)
+def test_too_much_work_is_the_constraints_fault(spec):
+    with pytest.raises(ConstraintError) as caught:
+        write(spec)
+    assert len(str(caught.value)) < 310 and "\n" not in str(caught.value)
 
 
 def test_special_tokens_are_no_text():

@@ -8,6 +8,7 @@ SUCCESS = frozenset({FinishReason.STOP, FinishReason.LENGTH})
 MESSAGES = {
     FinishReason.CANCELLED: "The request was cancelled.",
     FinishReason.DEADLINE: "The request's deadline passed.",
+    FinishReason.CONSTRAINT: "The constraint allows nothing, or takes too much work to find out what. Simplify it.",
     FinishReason.FAILED: "The server could not compute the next token.",
     FinishReason.SHUTDOWN: "The server stopped. Ask another one.",
 }

@@ -63,6 +63,10 @@ class SlowReaderError(PippinError):
     """A caller who does not read what comes."""
 
 
+class ConstraintError(PippinError):
+    """What a request allows is nothing, or takes too much work to find out."""
+
+
 class UnfinishedError(PippinError):
     """A completion ended without the end of its text."""
 

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from pippin.serve.engine.request import MAX_LOGPROBS, Sampled, Sampling
+from pippin.serve.engine.request import CONSTRAINT_FAILED, MAX_LOGPROBS, NO_TOKEN, Sampled, Sampling
 from pippin.serve.engine.scheduler import Row
+from pippin.serve.errors import ConstraintError
 
 _log = logging.getLogger(__name__)
-
-_NONE = Sampled(-1)
 
 
 def compiler_options(platform: str | None = None) -> dict[str, str]:
@@ -75,15 +74,15 @@ class Sampler:
         controls, failed = self._controls(rows)
         sampled = [a.tolist() for a in jax.device_get(self._sample(logits, controls, self._num_top))]
         results = [_told(row, *of_row) for row, *of_row in zip(rows, *sampled, strict=True)]
-        return [_NONE if i in failed else result for i, result in enumerate(results)]
+        return [failed.get(i, result) for i, result in enumerate(results)]
 
     def warm_up(self, logits: Float[Array, "S V"]) -> None:
         """Compiles the programs for so many rows."""
         controls, _ = self._controls([None] * logits.shape[0])
         jax.block_until_ready((self._greedy(logits), self._sample(logits, controls, self._num_top)))
 
-    def _controls(self, rows: Sequence[Row | None]) -> tuple[_Controls, set[int]]:
-        """What rows ask for, and the indices of those whose constraint failed."""
+    def _controls(self, rows: Sequence[Row | None]) -> tuple[_Controls, dict[int, Sampled]]:
+        """What rows ask for, and what those get, by index, whose constraint failed."""
         count, vocab = len(rows), self._vocab_size
         controls = _Controls(
             seed=np.zeros((count, 2), np.uint32),
@@ -98,11 +97,12 @@ class Sampler:
             bias=np.zeros((count, vocab), np.float32),
             allowed=np.full((count, -(-vocab // 32)), -1, np.int32),
         )
-        failed = {
-            i
-            for i, row in enumerate(rows)
-            if row is not None and row.sampling is not None and not _fill(controls, i, row, row.sampling)
-        }
+        failed: dict[int, Sampled] = {}
+        for i, row in enumerate(rows):
+            if row is not None and row.sampling is not None:
+                instead = _fill(controls, i, row, row.sampling)
+                if instead is not None:
+                    failed[i] = Sampled(instead)
         return controls, failed
 
 
@@ -111,8 +111,8 @@ def _needs_more_than_the_likeliest(row: Row) -> bool:
     return row.constraint is not None or s != Sampling(temperature=0.0, seed=s.seed if s else 0)
 
 
-def _fill(controls: _Controls, i: int, row: Row, sampling: Sampling) -> bool:
-    """Writes what a row asks for at its index; False where its constraint failed."""
+def _fill(controls: _Controls, i: int, row: Row, sampling: Sampling) -> int | None:
+    """Writes what a row asks for at its index; the result is what it gets where its constraint failed."""
     vocab = controls.bias.shape[1]
     controls.seed[i] = sampling.seed & 0xFFFF_FFFF, sampling.seed >> 32 & 0xFFFF_FFFF
     controls.step[i] = len(row.history) - row.num_prompt
@@ -130,13 +130,16 @@ def _fill(controls: _Controls, i: int, row: Row, sampling: Sampling) -> bool:
         penalty = sampling.frequency_penalty * counts + sampling.presence_penalty * (counts > 0)
         controls.bias[i] -= penalty.astype(np.float32)
     if row.constraint is None:
-        return True
+        return None
     try:
         row.constraint.write_mask(controls.allowed[i])
+    except ConstraintError as error:
+        _log.warning("the constraint of request %s failed: %s", row.request_id, error)
+        return CONSTRAINT_FAILED
     except Exception:  # noqa: BLE001  made of what a client sent: it must not end the step of others
         _log.exception("the constraint of request %s failed", row.request_id)
-        return False
-    return True
+        return NO_TOKEN
+    return None
 
 
 def _told(

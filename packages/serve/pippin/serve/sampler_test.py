@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pippin.serve.engine.request import Sampling
+from pippin.serve.engine.request import CONSTRAINT_FAILED, Sampling
 from pippin.serve.engine.scheduler import Row
+from pippin.serve.errors import ConstraintError
 from pippin.serve.sampler import Sampler
 
 _V = 50
@@ -169,6 +170,17 @@ def test_a_constraint_leaves_what_it_allows():
 def test_where_nothing_is_allowed_there_is_no_token_and_others_have_theirs(constraint):
     bad, good = choose(_LOGITS[0], row(Sampling(), constraint=constraint), row(Sampling(temperature=0.0)))
     assert (bad.token, good.token) == (-1, _LOGITS[0].argmax())
+
+
+class TooMuch(Only):
+    def write_mask(self, allowed):
+        raise ConstraintError("too many items")
+
+
+def test_a_constraint_that_takes_too_much_is_told_apart(caplog):
+    bad, good = choose(_LOGITS[0], row(Sampling(), constraint=TooMuch()), row(Sampling(temperature=0.0)))
+    assert (bad.token, good.token) == (CONSTRAINT_FAILED, _LOGITS[0].argmax())
+    assert "too many items" in caplog.text and "Traceback" not in caplog.text
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

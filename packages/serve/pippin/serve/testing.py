@@ -150,6 +150,17 @@ def serving_in_thread(step_s: float = 0.0, **options: Any) -> Iterator[str]:
         loop.close()
 
 
+@contextlib.asynccontextmanager
+async def fails_with(code: grpc.StatusCode) -> AsyncIterator[list[grpc.aio.AioRpcError]]:
+    """Asserts that a call fails so; the list that it gives holds the error in the end."""
+    errors: list[grpc.aio.AioRpcError] = []
+    try:
+        yield errors
+    except grpc.aio.AioRpcError as error:
+        errors.append(error)
+    assert [error.code() for error in errors] == [code], [error.details() for error in errors]
+
+
 def text_of(events: Sequence[pb.GenerateResponse], index: int = 0) -> str:
     """The text of a completion."""
     return "".join(e.delta.text for e in events if e.HasField("delta") and e.delta.index == index)

@@ -11,11 +11,28 @@ from typing import Protocol
 import numpy as np
 
 from pippin.serve.engine.draft_model import DraftModel
-from pippin.serve.engine.request import FinishReason, Observer, Output, Request, Sampled, Sums, Timing, Usage
+from pippin.serve.engine.request import (
+    CONSTRAINT_FAILED,
+    FinishReason,
+    Observer,
+    Output,
+    Request,
+    Sampled,
+    Sums,
+    Timing,
+    Usage,
+)
 from pippin.serve.engine.scheduler import Generation, Limits, Row, Scheduler
 from pippin.serve.engine.suspects import Suspects
 from pippin.serve.engine.text import TextStream
-from pippin.serve.errors import DrainingError, DuplicateError, PreconditionError, QueueFullError, RequestError
+from pippin.serve.errors import (
+    ConstraintError,
+    DrainingError,
+    DuplicateError,
+    PreconditionError,
+    QueueFullError,
+    RequestError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -435,6 +452,9 @@ class Engine:
 
     def _next_token(self, generation: Generation, sampled: Sampled, now: float) -> list[float]:
         request_id = generation.request.request_id
+        if sampled.token == CONSTRAINT_FAILED:
+            self._end(request_id, FinishReason.CONSTRAINT)
+            return []
         if sampled.token < 0:
             self._log_later("request %s failed: it has no next token", request_id)
             self._end(request_id, FinishReason.FAILED)
@@ -451,6 +471,12 @@ class Engine:
         self._generated += 1
         try:
             self._output(generation, sampled)
+        except ConstraintError as error:
+            reason = str(error)
+            self._outbox.append(
+                lambda: _log.warning("the constraint of request %s failed: %s", request_id, reason)
+            )
+            self._end(request_id, FinishReason.CONSTRAINT)
         except Exception as error:  # noqa: BLE001  its constraint may be at fault, and nobody else is
             self._log_later("request %s failed at a token", request_id, error)
             self._end(request_id, FinishReason.FAILED)

@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 
 from pippin.serve.engine.engine import Engine, QueueLimits
-from pippin.serve.engine.request import FinishReason, Request
+from pippin.serve.engine.request import CONSTRAINT_FAILED, FinishReason, Request, Sampled
 from pippin.serve.engine.scheduler import Limits
 from pippin.serve.engine.testing import FakeRunner, answer, hidden, token_bytes
-from pippin.serve.errors import DrainingError, DuplicateError, PreconditionError, QueueFullError, RequestError
+from pippin.serve.errors import (
+    ConstraintError,
+    DrainingError,
+    DuplicateError,
+    PreconditionError,
+    QueueFullError,
+    RequestError,
+)
 
 LIMITS = Limits(num_pages=32, page_size=4, max_requests=4, chunk_tokens=16, row_tokens=4)
 
@@ -339,6 +346,21 @@ def test_a_constraint_that_fails_ends_its_own_request(make_engine):
     bad, good = submit(engine, "bad", constraint=_Broken()), submit(engine, "good")
     assert bad.wait()[-1].finish_reason is FinishReason.FAILED
     assert good.wait()[-1].finish_reason is FinishReason.LENGTH
+
+
+class _TooMuch(_Broken):
+    def accept(self, token):
+        raise ConstraintError("too many items")
+
+
+def test_a_constraint_that_takes_too_much_ends_its_own_request_as_such(make_engine, caplog):
+    engine, runner = make_engine()
+    bad, good = submit(engine, "bad", constraint=_TooMuch()), submit(engine, "good")
+    assert bad.wait()[-1].finish_reason is FinishReason.CONSTRAINT
+    assert good.wait()[-1].finish_reason is FinishReason.LENGTH
+    runner.run = lambda rows: [[Sampled(CONSTRAINT_FAILED)] for _ in rows]
+    assert submit(engine, "next", constraint=_Broken()).wait()[-1].finish_reason is FinishReason.CONSTRAINT
+    assert "request bad failed: too many items" in caplog.text and "Traceback" not in caplog.text
 
 
 def test_an_engine_that_stands_still_says_so(make_engine):

@@ -15,6 +15,7 @@ class FinishReason(enum.Enum):
     LENGTH = "length"  # as many tokens as were asked for
     CANCELLED = "cancelled"  # by the caller, or because nobody read
     DEADLINE = "deadline"
+    CONSTRAINT = "constraint"  # it allows nothing, or takes more work than a step may
     FAILED = "failed"  # the fault of this server
     SHUTDOWN = "shutdown"  # the server stopped first
 
@@ -23,11 +24,19 @@ class Constraint(Protocol):
     """What the text of one request may be. It is asked by the engine's thread only."""
 
     def write_mask(self, allowed: np.ndarray) -> None:
-        """Sets bit `i % 32` of word `i // 32` of an int32 array for each id that may come next."""
+        """Sets bit `i % 32` of word `i // 32` of an int32 array for each id that may come next.
+
+        Raises:
+            ConstraintError: it allows nothing, or takes too much work.
+        """
         ...
 
     def accept(self, token: int) -> bool:
-        """Goes on by a token; True where the text is complete and nothing may follow."""
+        """Goes on by a token; True where the text is complete and nothing may follow.
+
+        Raises:
+            ConstraintError: it takes too much work.
+        """
         ...
 
     def copy(self) -> "Constraint":
@@ -95,11 +104,16 @@ class Request:
         return len(self.prompt) + self.max_tokens
 
 
+# In the place of a token, where there is none.
+NO_TOKEN = -1  # the logits are not finite
+CONSTRAINT_FAILED = -2  # with a ConstraintError
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampled:
     """A token that was chosen."""
 
-    token: int  # negative: the logits are not finite, and there is none
+    token: int
     logprob: float | None = None  # of the model's own distribution, before temperature and what follows it
     top: tuple[tuple[int, float], ...] = ()  # the most likely ids and their log-probabilities
 

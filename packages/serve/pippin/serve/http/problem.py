@@ -56,6 +56,7 @@ _ERRORS: dict[type[Exception], tuple[int, str]] = {
 _FINISHES: dict[FinishReason, tuple[int, str]] = {
     FinishReason.CANCELLED: (499, "cancelled"),
     FinishReason.DEADLINE: (504, "deadline"),
+    FinishReason.CONSTRAINT: (400, "constraint"),
     FinishReason.FAILED: (500, "engine"),
     FinishReason.SHUTDOWN: (503, "shutdown"),
 }

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import grpc
 
@@ -47,7 +48,7 @@ class AdminService:
 
     async def load_adapter(self, request: pb.LoadAdapterRequest, _: object) -> pb.LoadAdapterResponse:
         # To its end, whether the caller waits or not.
-        loaded = await asyncio.shield(self._adapters().load(request.name))
+        loaded = await asyncio.shield(_begun(self._adapters().load(request.name)))
         return pb.LoadAdapterResponse(adapter=_loaded(loaded))
 
     async def unload_adapter(self, request: pb.UnloadAdapterRequest, _: object) -> pb.UnloadAdapterResponse:
@@ -65,7 +66,7 @@ class AdminService:
         self._reloading = True
         given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # A thread that reads cannot be stopped: until it is done, no other begins, whether the caller waits or not.
-        reload = asyncio.create_task(self._reload(self._model.read_anew, timeout_s, given_up))
+        reload = _begun(self._reload(self._model.read_anew, timeout_s, given_up))
         try:
             await asyncio.shield(reload)
         except asyncio.CancelledError:
@@ -98,6 +99,8 @@ class AdminService:
         made = asyncio.wrap_future(done)
         await asyncio.wait([made, given_up], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if not made.done() and done.cancel():
+            if given_up.done():
+                raise PreconditionError("Nobody waits for the model that was read anew.")
             raise PreconditionError(
                 f"{self._engine.load().num_running} requests still run after {timeout_s:g} s, by the old weights. Ask again, or "
                 "with a longer timeout."
@@ -128,6 +131,13 @@ class AdminService:
             num_pages=load.num_pages,
             num_steps=load.steps,
         )
+
+
+def _begun[T](work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """A task that goes on where its caller has gone; then its error is nobody's."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task
 
 
 def _reload_timeout_s(request: pb.ReloadRequest) -> float:

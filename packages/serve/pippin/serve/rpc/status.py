@@ -53,6 +53,7 @@ _ERRORS: dict[type[Exception], tuple[int, str]] = {
 _FINISHES: dict[FinishReason, tuple[int, str]] = {
     FinishReason.CANCELLED: (code_pb2.CANCELLED, "CANCELLED"),
     FinishReason.DEADLINE: (code_pb2.DEADLINE_EXCEEDED, "DEADLINE"),
+    FinishReason.CONSTRAINT: (code_pb2.INVALID_ARGUMENT, "CONSTRAINT"),
     FinishReason.FAILED: (code_pb2.INTERNAL, "ENGINE"),
     FinishReason.SHUTDOWN: (code_pb2.UNAVAILABLE, "SHUTDOWN"),
 }
@@ -110,8 +111,10 @@ def _details(error: Exception) -> list[Message]:
     if isinstance(error, QueueFullError):
         violation = error_details_pb2.QuotaFailure.Violation(subject="queue", description=str(error))
         return [error_details_pb2.QuotaFailure(violations=[violation]), _retry(error.retry_after_s)]
-    stops = isinstance(error, UnfinishedError) and error.reason is FinishReason.SHUTDOWN
-    if stops or isinstance(error, DrainingError):
+    reason = error.reason if isinstance(error, UnfinishedError) else None
+    if reason is FinishReason.CONSTRAINT:
+        return [_bad_request([Violation("constraint", MESSAGES[reason])])]
+    if reason is FinishReason.SHUTDOWN or isinstance(error, DrainingError):
         return [_retry(RETRY_STOPPING_S)]
     return []
 

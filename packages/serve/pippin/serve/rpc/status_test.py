@@ -25,6 +25,7 @@ CODES = {
     errors.NotFoundError("no"): (code_pb2.NOT_FOUND, {"ErrorInfo"}),
     errors.UnfinishedError(FinishReason.CANCELLED): (code_pb2.CANCELLED, {"ErrorInfo"}),
     errors.UnfinishedError(FinishReason.DEADLINE): (code_pb2.DEADLINE_EXCEEDED, {"ErrorInfo"}),
+    errors.UnfinishedError(FinishReason.CONSTRAINT): (code_pb2.INVALID_ARGUMENT, {"ErrorInfo", "BadRequest"}),
     errors.UnfinishedError(FinishReason.FAILED): (code_pb2.INTERNAL, {"ErrorInfo"}),
     errors.UnfinishedError(FinishReason.SHUTDOWN): (code_pb2.UNAVAILABLE, {"ErrorInfo", "RetryInfo"}),
 }
