@@ -49,10 +49,9 @@ class Baseline:
             f"it ended with {server.process.returncode}: {server.log[-3000:]}"
         )
         wait_for(server.is_idle, f"nothing to do and nothing held, {server.load()}")
-        metrics = server.metrics()
-        by_reason = ended(self.metrics, metrics)
-        taken = metrics["num_requests_taken_total"] - self.metrics["num_requests_taken_total"]
-        assert taken == sum(by_reason.values()), f"{taken} were taken, {by_reason} ended"
+        # What ended is counted a moment after its pages are free.
+        wait_for(self._all_ended, "each request that was taken ends")
+        by_reason = ended(self.metrics, server.metrics())
         assert server.get("health")
         assert answers_of(server) == self.answers, "the same questions, other answers"
         wait_for(server.is_idle, "the canary is done")
@@ -63,6 +62,11 @@ class Baseline:
         lines = [line for line in server.log[self.log_size :].splitlines() if _BAD.search(line)]
         assert all(re.search(may_log, line) for line in lines), server.log[self.log_size :][-5000:]
         return by_reason
+
+    def _all_ended(self) -> bool:
+        metrics = self.server.metrics()
+        taken = metrics["num_requests_taken_total"] - self.metrics["num_requests_taken_total"]
+        return taken == sum(ended(self.metrics, metrics).values())
 
 
 def baseline(server: ServerProcess) -> Baseline:
