@@ -1,6 +1,8 @@
 """Files and names that were made to do harm: refused, in a line, with no more memory than they take themselves."""
 
 import ast
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -11,9 +13,13 @@ import sys
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 
-from pippin.serve.testing import serving
+from pippin.core.adapter import LowRank, save_adapter
+from pippin.serve.adapters import Adapters
+from pippin.serve.served_model import ServedModel
+from pippin.serve.testing import MODEL, fake_backend, serving
 from pippin.v1 import inference_pb2 as pb
 from tests.robustness.tiny_model import save_model
 
@@ -21,6 +27,7 @@ _PACKAGES = pathlib.Path(__file__).parents[2] / "packages"
 # Beyond what the program takes before it has read a model.
 _ROOM_BYTES = 4 << 30
 
+# FOLDER: where everything of the test lies; HERE: where adapters are registered.
 NAMES = [
     *(
         "../secret",
@@ -30,53 +37,120 @@ NAMES = [
         ".",
         "..",
         "",
-        "a/b",
-        "a\\b",
-        "C:\\x",
-        "~/x",
-        "$HOME",
-        "%2e%2e%2f",
+        "FOLDER/secret",
+        "HERE/good",
+        "HERE",
     ),
     *(
-        "name\x00.safetensors",
-        "file:///etc/passwd",
+        "a/b",
+        "a\\b",
+        "good/",
+        "./good",
+        "good/.",
+        "good/../good",
+        "../adapters/good",
+        "good\x00",
+        " good",
+        "good\n",
+    ),
+    *("C:\\x", "~/x", "~", "$HOME", "%2e%2e%2fsecret", "name\x00.safetensors", "file://HERE/good"),
+    *(
         "http://127.0.0.1/x",
         "x" * 10_000,
         "\u202e",
         "link",
-        "CON",
+        "file",
         "-rf",
+        ".hidden",
         "a\nb",
+        "CON",
+        "*",
+        "g[o]od",
     ),
 ]
+_BASE = "ba5e"
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", ["LoadAdapter", "UnloadAdapter"])
-async def test_the_name_of_an_adapter_is_never_a_path(method, name, tmp_path, monkeypatch):
-    """The working folder has a link and a file of such names: they are not opened."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "link").symlink_to("/etc/passwd")
-    async with serving(admin_address="127.0.0.1:0") as served:
-        assert served.server.admin_address is not None
-        async with grpc.aio.insecure_channel(served.server.admin_address) as channel:
+class _Slots:
+    """Remembers which folders were read."""
+
+    count = 2
+
+    def __init__(self):
+        self.read = []
+
+    def put(self, slot, adapter):
+        self.read.append(adapter.directory.name)
+
+
+def _write_adapter(path: pathlib.Path, base: str = _BASE) -> None:
+    maps = {"q": LowRank(np.ones((4, 2), np.float32), np.ones((2, 4), np.float32))}
+    save_adapter(path, maps, base)
+
+
+def _baited(folder: pathlib.Path) -> pathlib.Path:
+    """A folder of adapters; all around it, and wherever a name could lead, lie adapters that were not registered."""
+    here = folder / "adapters"
+    for itself in (folder, here):  # for ".", ".." and ""
+        _write_adapter(itself)
+    _write_adapter(folder / "secret")
+    _write_adapter(folder / "home" / "x")
+    for name in (
+        "good",
+        "a/b",
+        "a\\b",
+        "C:\\x",
+        "~",
+        "$HOME",
+        "%2e%2e%2fsecret",
+        "\u202e",
+        "-rf",
+        ".hidden",
+        "a\nb",
+    ):
+        _write_adapter(here / name)
+    for name in (" good", "good\n", "*"):
+        _write_adapter(here / name)
+    (here / "link").symlink_to(folder / "secret")
+    (here / "file").symlink_to("/etc/passwd")
+    return here
+
+
+@pytest.mark.parametrize("template", NAMES, ids=lambda name: repr(name)[:30])
+async def test_the_name_of_an_adapter_is_never_a_path(template, tmp_path, monkeypatch):
+    folder = tmp_path / "f"
+    here, slots = _baited(folder), _Slots()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    name = template.replace("FOLDER", str(folder)).replace("HERE", str(here))
+    model = dataclasses.replace(MODEL, adapters=Adapters(here, slots))
+    async with _administered(model) as (served, admin):
+        for method in ("LoadAdapter", "UnloadAdapter"):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await served.method(method, channel)(getattr(pb, f"{method}Request")(name=name), timeout=10)
-        _is_refused(refused.value)
+                await served.method(method, admin)(getattr(pb, f"{method}Request")(name=name), timeout=10)
+            _is_refused(refused.value, grpc.StatusCode.NOT_FOUND, folder if name == template else None)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await served.generate(adapter=name)
-        _is_refused(refused.value)
-        assert served.engine.load().taken == 0
-        assert await served.generate(max_tokens=2)
+        _is_refused(refused.value, grpc.StatusCode.INVALID_ARGUMENT, folder if name == template else None)
+        assert (slots.read, served.engine.load().taken) == ([], 0)
+        # It is not for want of adapters.
+        await served.method("LoadAdapter", admin)(pb.LoadAdapterRequest(name="good"), timeout=10)
+        assert slots.read == ["good"]
+        assert await served.generate(adapter="good", max_tokens=2)
 
 
-def _is_refused(error: grpc.aio.AioRpcError) -> None:
-    codes = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT)
-    assert error.code() in codes, error
-    assert not any(
-        word in (error.details() or "").replace(repr(NAMES), "")
-        for word in ("root:", "Traceback", "No such file")
-    )
+@contextlib.asynccontextmanager
+async def _administered(model: ServedModel):
+    async with serving(fake_backend(model=model), admin_address="127.0.0.1:0") as served:
+        assert served.server.admin_address is not None
+        async with grpc.aio.insecure_channel(served.server.admin_address) as admin:
+            yield served, admin
+
+
+def _is_refused(error: grpc.aio.AioRpcError, code: grpc.StatusCode, untold: pathlib.Path | None) -> None:
+    assert error.code() is code, error
+    words = ["root:", "Traceback", "No such file", "Errno", *([] if untold is None else [str(untold)])]
+    assert not any(word in (error.details() or "") for word in words), error
 
 
 class Bomb:

@@ -9,6 +9,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from pippin.v1 import inference_pb2 as pb
+from tests.robustness.shared import ADAPTERS
 
 _INTEGERS = (0, 1, 2, 5, -1, 7, 100, 271, 272, 2**31 - 1, -(2**31))
 _LONGS = (*_INTEGERS, 2**63 - 1, -(2**63), 2**53)
@@ -87,8 +88,10 @@ def _mostly_right(rng: random.Random, request: pb.GenerateRequest) -> None:
         request.text = rng.choice(_TEXTS[1:])
     if rng.random() < 0.7:
         request.max_tokens = rng.randrange(1, 4)
-    if rng.random() < 0.8:
+    if (kind := rng.random()) < 0.5:
         request.ClearField("adapter")
+    elif kind < 0.9:
+        request.adapter = rng.choice(ADAPTERS)
     if rng.random() < 0.8:
         request.ClearField("constraint")
 
@@ -153,6 +156,8 @@ def json_body(rng: random.Random, *, chat: bool) -> bytes:
     body = {rng.choice(_NAMES): json_value(rng) for _ in range(rng.choice((0, 0, 1, 1, 2, 5)))}
     if rng.random() < 0.85:
         body["max_tokens"] = rng.randrange(1, 4)
+    if rng.random() < 0.3:
+        body["model"] = rng.choice(ADAPTERS)
     right = [{"role": "user", "content": "hello"}] if chat else "hello"
     body["messages" if chat else "prompt"] = right if rng.random() < 0.8 else json_value(rng)
     text = json.dumps(body)  # with NaN and Infinity, which are no JSON

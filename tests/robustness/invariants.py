@@ -3,11 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 
 from pippin.v1 import inference_pb2 as pb
-from tests.robustness.process import Samples, ServerProcess, generate, wait_for
+from tests.robustness.process import Samples, ServerProcess, generate, method_of, wait_for
 
 # What the allocator keeps, and what caches hold that have an end.
 _MEMORY_MIB = 96
@@ -45,9 +46,9 @@ class Baseline:
             f"it ended with {server.process.returncode}: {server.log[-3000:]}"
         )
         wait_for(server.is_idle, f"nothing to do and nothing held, {server.load()}")
-        # Counted by the engine's thread, once the step is done in which a request ended.
-        wait_for(lambda: self._taken() == sum(self._ended().values()), "as many ended as were taken")
-        by_reason = self._ended()
+        # What ended is counted a moment after its pages are free.
+        wait_for(self._all_ended, "each request that was taken ends")
+        by_reason = ended(self.metrics, server.metrics())
         assert server.get("health")
         assert answers_of(server) == self.answers, "the same questions, other answers"
         wait_for(server.is_idle, "the canary is done")
@@ -59,12 +60,10 @@ class Baseline:
         assert not lines, server.log[self.log_size :][-5000:]
         return by_reason
 
-    def _taken(self) -> int:
-        name = "num_requests_taken_total"
-        return int(self.server.metrics()[name] - self.metrics[name])
-
-    def _ended(self) -> dict[str, int]:
-        return ended(self.metrics, self.server.metrics())
+    def _all_ended(self) -> bool:
+        metrics = self.server.metrics()
+        taken = metrics["num_requests_taken_total"] - self.metrics["num_requests_taken_total"]
+        return taken == sum(ended(self.metrics, metrics).values())
 
 
 def baseline(server: ServerProcess) -> Baseline:
@@ -84,14 +83,28 @@ def baseline(server: ServerProcess) -> Baseline:
 
 
 def answers_of(server: ServerProcess) -> list[Answer]:
-    """Canaries: the greedy answer and a drawn one, each token with its log-probability to the last bit."""
+    """Canaries: a greedy and a drawn answer of the model, and a greedy one of each loaded adapter.
+
+    Each token with its log-probability to the last bit.
+    """
+    greedy: dict[str, Any] = {"temperature": 0.0}
+    asked = [greedy, {"temperature": 1.0, "seed": 7, "top_p": 0.9}]
+    asked += [{**greedy, "adapter": name} for name in loaded(server)]
     with grpc.insecure_channel(server.address) as channel:
         return [
             answer_in(
                 generate(channel, "the canary sings", max_tokens=24, logprobs=0, ignore_eos=True, **how)
             )
-            for how in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 7, "top_p": 0.9})
+            for how in asked
         ]
+
+
+def loaded(server: ServerProcess) -> list[str]:
+    """The names of its adapters."""
+    with grpc.insecure_channel(server.admin_address) as admin:
+        listed = method_of("ListAdapters", admin)(pb.ListAdaptersRequest(), timeout=30)
+    assert not any(adapter.num_requests for adapter in listed.adapters), listed
+    return [adapter.name for adapter in listed.adapters]
 
 
 def answer_in(events: Sequence[pb.GenerateResponse]) -> Answer:

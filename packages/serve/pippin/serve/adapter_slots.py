@@ -1,10 +1,11 @@
 """Room for adapters in a model that is being served."""
 
 import dataclasses
+from collections.abc import Mapping
 
-from pippin.core.adapter import Adapter
+from pippin.core.adapter import Adapter, LowRank
 from pippin.core.errors import CheckpointError
-from pippin.core.module import Params
+from pippin.core.module import Params, flatten_params
 from pippin.layers.adapter import unrolled_maps
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.serve.runner import ModelRunner
@@ -16,7 +17,7 @@ class AdapterSlots:
 
     runner: ModelRunner
     cfg: CausalLMConfig  # as the model is stored
-    paths: Params  # a tree like that of its parameters, as they are stored
+    shapes: Params  # of its parameters, as they are stored
     signature: str  # of these; who exchanges them sets it
 
     @property
@@ -36,4 +37,17 @@ class AdapterSlots:
                 f"{adapter.directory} has rank {adapter.rank}, and there is room for {room.rank}. Start the server "
                 f"with --max-adapter-rank {adapter.rank}."
             )
-        self.runner.put_adapter(slot, unrolled_maps(self.cfg, self.paths, adapter.maps()))
+        maps = adapter.maps()
+        self._require_same_stacks(adapter, maps)
+        self.runner.put_adapter(slot, unrolled_maps(self.cfg, self.shapes, maps))
+
+    def _require_same_stacks(self, adapter: Adapter, maps: Mapping[str, LowRank]) -> None:
+        """Raises CheckpointError where a map is for more or fewer layers than the model has."""
+        shapes = {name: leaf.shape for name, leaf in flatten_params(self.shapes).items()}
+        for path, pair in maps.items():
+            stack, found = shapes.get(f"{path}.weight", pair.down.shape)[:-2], pair.down.shape[:-2]
+            if stack != found:
+                raise CheckpointError(
+                    f"{adapter.directory}: {path} is of a stack of {list(found)}, and the model's is of {list(stack)}. "
+                    "Train it on this model."
+                )

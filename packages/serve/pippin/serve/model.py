@@ -120,7 +120,7 @@ def open_served(
     tokenizer = None if bundle.tokenizer is None else load_tokenizer(bundle.tokenizer)
     stored, params = cfg, bundle.params()
     signature = "" if adapters is None else model_signature(params)
-    paths = jax.tree.map(lambda _: 0, params)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
     cfg, cast = _in_served_dtype(cfg)
     params = cast(params)
     clock.log("weights and tokenizer")
@@ -143,7 +143,7 @@ def open_served(
     served = _served(name or path.absolute().name, cfg, tokenizer, bundle, limits)
     slots = None
     if adapters is not None:
-        slots = AdapterSlots(runner, stored, paths, signature)
+        slots = AdapterSlots(runner, stored, shapes, signature)
         served = dataclasses.replace(served, adapters=Adapters(adapters.directory, slots, served.name))
     floats = cfg.activation_dtype.value
     served = dataclasses.replace(

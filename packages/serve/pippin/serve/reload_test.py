@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pippin.core.adapter import LowRank, load_adapter, save_adapter
 from pippin.core.bundle import save_bundle
 from pippin.core.config_tree import override
 from pippin.core.module import flatten_params, merge, parameter_infos, split, unflatten_params
+from pippin.layers.adapter import model_signature
 from pippin.layers.generate import generate
 from pippin.layers.models.llama import smollm2_135m
 from pippin.serve.engine.engine import QueueLimits
 from pippin.serve.engine.request import Request, Sampling
 from pippin.serve.errors import PreconditionError
-from pippin.serve.model import Sizes, open_served
+from pippin.serve.model import AdapterSource, Sizes, open_served
 from pippin.serve.tokenizer_testing import save_tokenizer
 
 _CFG = override(
@@ -28,13 +30,22 @@ _CFG = override(
         "vocab_size": 272,
         "dim": 16,
         "decoder.num_layers": 1,
-        "decoder.layer.attention.num_kv_heads": 1,
+        "decoder.layer.attention.num_kv_heads": 2,
         "decoder.layer.attention.num_heads": 2,
         "decoder.layer.attention.head_dim": 8,
         "decoder.layer.feed_forward.hidden_dim": 24,
     },
 )
 _PROMPT = (5, 6, 7, 8)
+_FORMS = {
+    "plain": {},
+    "int8": {"int8_weights": True, "int8_cache": True},
+    "room for adapters": {},
+    "int8, room for adapters": {"int8_weights": True, "int8_cache": True},
+    "two devices": {"tensor_parallel": 2},
+    "two devices, int8": {"tensor_parallel": 2, "int8_weights": True, "int8_cache": True},
+    "two devices, room for adapters": {"tensor_parallel": 2},
+}
 
 
 @functools.cache
@@ -60,16 +71,22 @@ def _save(path, seed=0, cfg=_CFG, params=None, **tokenizer):
 class _Served:
     """An engine, and its callers."""
 
-    def __init__(self, path):
-        sizes = Sizes(cache_bytes=1 << 20, max_requests=4, chunk_tokens=64, max_context=400)
-        self.backend = open_served(path, sizes, QueueLimits())
+    def __init__(self, path, form="plain"):
+        sizes = Sizes(cache_bytes=1 << 20, max_requests=4, chunk_tokens=64, max_context=400, **_FORMS[form])
+        adapters = None
+        if "adapters" in form:
+            path.with_name("adapters").mkdir(exist_ok=True)
+            adapters = AdapterSource(path.with_name("adapters"), count=2, rank=2)
+        self.backend = open_served(path, sizes, QueueLimits(), adapters=adapters)
         self.engine = self.backend.engine
         self.engine.start()
 
-    def ask(self, request_id, max_tokens=8):
+    def ask(self, request_id, max_tokens=8, adapter=None):
         outputs = queue.Queue()
         sampling = Sampling(temperature=0.0, logprobs=1)
-        request = Request(request_id=request_id, prompt=_PROMPT, max_tokens=max_tokens, sampling=sampling)
+        request = Request(
+            request_id=request_id, prompt=_PROMPT, max_tokens=max_tokens, sampling=sampling, adapter=adapter
+        )
         self.engine.submit(request, outputs.put)
         return outputs
 
@@ -94,6 +111,61 @@ def served(tmp_path, request):
 
 def _ids(tokens):
     return [one.token for one in tokens]
+
+
+def _write_adapter(path, seed, base):
+    """An adapter of the model of a seed, for all its linear maps."""
+    rng = np.random.default_rng(seed)
+    maps = {}
+    for name, weight in flatten_params(_params(base)).items():
+        if name.startswith("decoder.") and name.endswith(".weight"):
+            *stack, inputs, outputs = weight.shape
+            down, up = rng.normal(size=(*stack, inputs, 2)), rng.normal(size=(*stack, 2, outputs))
+            maps[name.removesuffix(".weight")] = LowRank(down.astype(np.float32), up.astype(np.float32))
+    save_adapter(path, maps, model_signature(_params(base)))
+
+
+@pytest.mark.parametrize("form", _FORMS)
+async def test_in_every_form_the_new_answers_are_those_of_a_server_of_the_new_weights(
+    tmp_path, request, form
+):
+    if "two devices" in form and jax.device_count() < 2:
+        pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=2")
+    path = tmp_path / "apple"
+    _save(path)
+    served = _Served(path, form)
+    request.addfinalizer(lambda: served.engine.stop(0))
+    before = served.answer(served.ask("before"))
+    _save(path, seed=1)
+    served.reload()
+    fresh = _Served(path, form)
+    request.addfinalizer(lambda: fresh.engine.stop(0))
+    after = served.answer(served.ask("after"))
+    assert after == fresh.answer(fresh.ask("after"))
+    assert _ids(after) != _ids(before)
+    if "int8" not in form:
+        assert (_ids(before), _ids(after)) == (_expected(0, 8), _expected(1, 8))
+    if "adapters" in form:
+        answers = []
+        _write_adapter(tmp_path / "adapters" / "old", 2, base=0)
+        _write_adapter(tmp_path / "adapters" / "new", 2, base=1)
+        for one in (served, fresh):
+            with pytest.raises(PreconditionError, match="was made for the model"):
+                await one.backend.model.adapters.load("old")
+            loaded = await one.backend.model.adapters.load("new")
+            answers.append(one.answer(one.ask("with", adapter=loaded.adapter)))
+        assert answers[0] == answers[1] and _ids(answers[0]) != _ids(after)
+        if "int8" not in form:
+            assert _ids(answers[0]) == _with_adapter(tmp_path / "adapters" / "new", 1, 8)
+
+
+def _with_adapter(path, seed, max_tokens):
+    """The answer of the model whose weights have the low-rank products within."""
+    flat = flatten_params(_params(seed))
+    for name, pair in load_adapter(path).maps().items():
+        flat[f"{name}.weight"] = flat[f"{name}.weight"] + pair.down @ pair.up
+    definition, _ = split(nnx.eval_shape(lambda: _CFG.build(rngs=nnx.Rngs(0))))
+    return list(generate(merge(definition, unflatten_params(flat)), list(_PROMPT), max_new_tokens=max_tokens))
 
 
 def test_answers_are_the_new_models_to_the_last_bit_and_one_in_flight_keeps_the_old(served, tmp_path):

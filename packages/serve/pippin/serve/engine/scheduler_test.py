@@ -3,14 +3,16 @@
 import collections
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pippin.core.errors import ConfigError
-from pippin.serve.engine.request import Request, Sampling
+from pippin.serve.engine.draft_model import DraftModel
+from pippin.serve.engine.request import Adapter, Request, Sampling, Sums
 from pippin.serve.engine.scheduler import Limits, Scheduler
-from pippin.serve.engine.testing import FakeRunner, answer
+from pippin.serve.engine.testing import FakeRunner, answer, hidden
 
 LIMITS = Limits(num_pages=12, page_size=4, max_requests=3, chunk_tokens=8, row_tokens=4, aging_s=4.0)
 
@@ -26,12 +28,32 @@ class Arrival:
     cancelled_after: int | None  # steps
 
 
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    arrivals: tuple[Arrival, ...]
+    exchange_at: int | None  # the step from which only those go on that have begun, until they have ended
+    resets: frozenset[int]  # steps before which all that pages hold is lost
+
+
+# Two in one slot, one after the other.
+_ADAPTERS = [None, None, Adapter("a", 1, 1), Adapter("a", 1, 2), Adapter("b", 2, 3)]
+
+
 def _arrivals(number):
     prompts = st.lists(st.sampled_from(b"ab"), min_size=1, max_size=30).map(bytes)
     return st.builds(
-        lambda at, prompt, max_tokens, priority, tenant, salt, cancelled: Arrival(
+        lambda at, prompt, max_tokens, priority, tenant, salt, cancelled, adapter, sums: Arrival(
             at,
-            make_request(str(number), prompt, max_tokens, priority=priority, tenant=tenant, cache_salt=salt),
+            make_request(
+                str(number),
+                prompt,
+                0 if sums else max_tokens,
+                priority=priority,
+                tenant=tenant,
+                cache_salt=salt,
+                adapter=adapter,
+                sums=sums,
+            ),
             cancelled,
         ),
         st.integers(0, 12),
@@ -41,40 +63,68 @@ def _arrivals(number):
         st.sampled_from(["x", "y", "z"]),
         st.sampled_from(["", "salt"]),
         st.none() | st.integers(0, 20),
+        st.sampled_from(_ADAPTERS),
+        st.integers(0, 4).map(lambda number: number == 0),
     )
 
 
-traces = st.integers(1, 12).flatmap(lambda n: st.tuples(*(_arrivals(i) for i in range(n))))
+traces = st.builds(
+    Trace,
+    st.integers(1, 12).flatmap(lambda n: st.tuples(*(_arrivals(i) for i in range(n)))),
+    st.none() | st.integers(0, 20),
+    st.frozensets(st.integers(0, 30), max_size=2),
+)
+
+
+class Contrary(FakeRunner):
+    """Agrees with the larger model about every other token."""
+
+    def _sample(self, row):
+        sampled = super()._sample(row)
+        return [type(one)(one.token + 1 if len(row.history) % 2 else one.token) for one in sampled]
 
 
 class World:
     """A scheduler and a runner, step by step, with what must hold checked at each."""
 
-    def __init__(self, limits=LIMITS, letters=26):
+    def __init__(self, limits=LIMITS, letters=26, draft=None):
         self.limits = limits
-        self.scheduler, self.runner = Scheduler(limits), FakeRunner(limits, letters)
+        self.scheduler, self.runner = Scheduler(limits, draft is not None), FakeRunner(limits, letters)
+        self.draft_model = None if draft is None else DraftModel(draft)
         self.done = {}  # request_id -> output
         self.now = 0.0
 
-    def step(self):
+    def step(self, only=None):
         self.now += 1.0
-        rows = self.scheduler.schedule(self.now)
-        self.check(rows)
+        rows = self.scheduler.schedule(self.now, only)
+        self.check(rows, only)
+        if self.draft_model is not None:
+            rows = self.draft_model.draft(rows)
+            assert all(len(row.drafts) <= row.draft_room for row in rows)
+            self.check(rows, only)
         sampled = self.runner.run(rows)  # which checks that the pages hold the texts
         for row, of_row in zip(rows, sampled, strict=True):
-            self.scheduler.update(row, row.accepted([one.token for one in of_row], lambda token: token))
             generation = self.scheduler.running[row.request_id]
-            if generation.num_output >= generation.request.max_tokens:
-                self.done[row.request_id] = generation.tokens[len(generation.request.prompt) :]
+            if isinstance(of_row, Sums):
+                sums = self.scheduler.add_sums(row, of_row)
+                ended, output = sums is not None, sums
+            else:
+                self.scheduler.update(row, row.accepted([one.token for one in of_row], lambda token: token))
+                ended = generation.num_output >= generation.request.max_tokens
+                output = generation.tokens[len(generation.request.prompt) :]
+            if ended:
+                self.done[row.request_id] = output
                 self.scheduler.remove(row.request_id)
         return rows
 
-    def check(self, rows):
+    def check(self, rows, only=None):
         scheduler, limits, pool = self.scheduler, self.limits, self.scheduler.pool
         users = collections.Counter(page for g in scheduler.generations() for page in g.pages)
         assert pool.num_free == pool.num_pages - len(users)
         assert len(scheduler.running) <= limits.max_requests
-        assert bool(rows) == bool(scheduler.generations()), "a step computes nothing although somebody waits"
+        waits = scheduler.generations() if only is None else only
+        assert bool(rows) == bool(waits), "a step computes nothing although somebody waits"
+        assert only is None or {row.request_id for row in rows} <= set(only)
         assert len({row.request_id for row in rows}) == len(rows)
         chunk = sum(-(-len(row.tokens) // limits.row_tokens) for row in rows if row.is_prompt)
         assert chunk <= limits.chunk_tokens // limits.row_tokens
@@ -95,12 +145,29 @@ class World:
         return range(row.position, row.position + len(row.tokens))
 
 
-@settings(max_examples=300, deadline=None)
-@given(traces)
-def test_every_trace_ends_with_every_request_answered_as_if_alone(trace):
-    world, cancelled = World(letters=2), set()  # of two letters, half of what is guessed is right
+def _expected(request):
+    """A request's answer, or its sums, if it were alone."""
+    if request.sums:
+        return sum(hidden(token).astype(np.float64) for token in request.prompt)
+    if request.adapter is None:
+        return answer(request.prompt, request.max_tokens, letters=2)
+    tokens = list(request.prompt)
+    for _ in range(request.max_tokens):
+        tokens.append(answer(tokens, 1, letters=2)[0] - 32)  # a capital letter
+    return tokens[len(request.prompt) :]
+
+
+@pytest.mark.parametrize("draft", [None, FakeRunner, Contrary], ids=["text", "agreeing", "contrary"])
+@settings(max_examples=200, deadline=None)
+@given(trace=traces)
+def test_every_trace_ends_with_every_request_answered_as_if_alone(draft, trace):
+    # Of two letters, half of what is guessed is right.
+    world = World(letters=2, draft=None if draft is None else draft(LIMITS, 2))
+    cancelled, exchanges = set(), False
     for step in range(2000):
-        for arrival in trace:
+        if step == trace.exchange_at:
+            exchanges = True
+        for arrival in trace.arrivals:
             request_id = arrival.request.request_id
             if arrival.at == step:
                 world.scheduler.add(arrival.request, world.now)
@@ -108,15 +175,20 @@ def test_every_trace_ends_with_every_request_answered_as_if_alone(trace):
             if ends is not None and arrival.at + ends == step and request_id in world.scheduler:
                 world.scheduler.remove(request_id)
                 cancelled.add(request_id)
+        begun = world.scheduler.begun()
+        if step in trace.resets or (exchanges and not begun):
+            world.scheduler.reset()
+            world.runner.reset()
+            exchanges = exchanges and bool(begun)
         if not world.scheduler.generations() and step > 40:
             break
-        world.step()
+        world.step(begun if exchanges else None)
     assert not world.scheduler.generations(), "a request never ends"
     assert world.scheduler.pool.num_free == world.limits.num_pages
-    for arrival in trace:
+    for arrival in trace.arrivals:
         request = arrival.request
         if request.request_id not in cancelled:
-            assert world.done[request.request_id] == answer(request.prompt, request.max_tokens, letters=2)
+            np.testing.assert_array_equal(world.done[request.request_id], _expected(request))
 
 
 def test_prompt_and_answers_share_a_step():
