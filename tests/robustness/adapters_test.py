@@ -194,12 +194,12 @@ class _Traffic:
         self.plain, self.all = range(2), range(len(self._asked))  # numbers of questions
         self.num_refused = 0
         self._num_answers = [0] * len(self._asked)
-        self._seen: list[set[tuple[int, ...]]] = [set() for _ in self._asked]
+        self._seen: list[set[tuple[tuple[int, float], ...]]] = [set() for _ in self._asked]
         self._threads = ThreadPoolExecutor(len(self._asked))
         self._clients = [self._threads.submit(self._client, i) for i in self.all]
 
-    def answers(self) -> list[set[tuple[int, ...]]]:
-        """The tokens of each answer to each question since this was asked last."""
+    def answers(self) -> list[set[tuple[tuple[int, float], ...]]]:
+        """Each answer to each question since this was asked last: tokens, and log-probabilities to the last bit."""
         seen, self._seen = self._seen, [set() for _ in self._asked]
         return seen
 
@@ -234,7 +234,7 @@ class _Traffic:
                     assert f"no adapter '{asked['adapter']}' is loaded" in str(error)
                     self.num_refused += 1
                     continue
-                self._seen[i].add(tuple(token for token, _ in answer_in(events)))
+                self._seen[i].add(tuple(answer_in(events)))
                 self._num_answers[i] += 1
 
 

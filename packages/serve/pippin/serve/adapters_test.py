@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import tempfile
 from pathlib import Path
 
 import grpc
@@ -140,22 +141,23 @@ async def test_what_cannot_be_loaded_takes_no_slot_and_tells_no_path(registered)
 
 
 @contextlib.asynccontextmanager
-async def _served(registered: Path, tmp_path_factory, **options):
-    socket = tmp_path_factory.mktemp("s") / "admin"
+async def _served(registered: Path, **options):
     model = dataclasses.replace(MODEL, adapters=Adapters(registered, _Slots()))
-    async with (
-        serving(fake_backend(model=model), admin_address=f"unix:{socket}", **options) as served,
-        grpc.aio.insecure_channel(f"unix:{socket}") as admin,
-    ):
-        yield served, admin
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short name, as sockets want it
+        address = f"unix:{folder}/admin"
+        async with (
+            serving(fake_backend(model=model), admin_address=address, **options) as served,
+            grpc.aio.insecure_channel(address) as admin,
+        ):
+            yield served, admin
 
 
 async def _admin(served: Served, admin, method: str, /, **fields):
     return await served.method(method, admin)(getattr(pb, f"{method}Request")(**fields))
 
 
-async def test_requests_with_and_without_adapters_are_served_at_once(registered, tmp_path_factory):
-    async with _served(registered, tmp_path_factory) as (served, admin):
+async def test_requests_with_and_without_adapters_are_served_at_once(registered):
+    async with _served(registered) as (served, admin):
         loaded = await _admin(served, admin, "LoadAdapter", name="sums")
         assert (loaded.adapter.name, loaded.adapter.rank) == ("sums", 2)
         model = await served.method("GetModel")(pb.GetModelRequest())
@@ -177,8 +179,8 @@ async def test_requests_with_and_without_adapters_are_served_at_once(registered,
         assert (await _admin(served, admin, "ListAdapters")).adapters == []
 
 
-async def test_unloading_waits_for_the_requests_that_use_it(registered, tmp_path_factory):
-    async with _served(registered, tmp_path_factory) as (served, admin):
+async def test_unloading_waits_for_the_requests_that_use_it(registered):
+    async with _served(registered) as (served, admin):
         await _admin(served, admin, "LoadAdapter", name="sums")
         served.runner.hold.clear()
         call = served.method("Generate")(pb.GenerateRequest(text="a", adapter="sums", max_tokens=4))
@@ -196,9 +198,9 @@ async def test_unloading_waits_for_the_requests_that_use_it(registered, tmp_path
         await unloading
 
 
-async def test_administrators_are_told_why_an_adapter_is_not_loaded(registered, tmp_path_factory):
+async def test_administrators_are_told_why_an_adapter_is_not_loaded(registered):
     _write(registered, "other", base="another")
-    async with _served(registered, tmp_path_factory) as (served, admin):
+    async with _served(registered) as (served, admin):
         for name, code in (
             ("nobody", grpc.StatusCode.NOT_FOUND),
             ("../sums", grpc.StatusCode.NOT_FOUND),
@@ -211,10 +213,10 @@ async def test_administrators_are_told_why_an_adapter_is_not_loaded(registered, 
             assert str(registered) not in (error.value.details() or "")
 
 
-async def test_an_adapter_is_a_model_over_http(registered, tmp_path_factory):
+async def test_an_adapter_is_a_model_over_http(registered):
     options = {"http_port": 0, "load_adapters": ("sums",)}
     async with contextlib.AsyncExitStack() as stack:
-        served, admin = await stack.enter_async_context(_served(registered, tmp_path_factory, **options))
+        served, admin = await stack.enter_async_context(_served(registered, **options))
         http = await stack.enter_async_context(httpx.AsyncClient(base_url=served.url, timeout=20))
         models = (await http.get("/v1/models")).json()["data"]
         assert [(m["id"], m.get("parent")) for m in models] == [("letters", None), ("sums", "letters")]
