@@ -131,8 +131,8 @@ def test_an_int8_model_has_four_times_the_tokens_in_a_cache_and_says_what_it_is_
     floats, numbers = (
         _open(path, Sizes(**small, int8_weights=int8, int8_cache=int8)) for int8 in (False, True)
     )
-    assert (floats.served.weights_dtype, floats.served.cache_dtype) == ("float32", "float32")
-    assert (numbers.served.weights_dtype, numbers.served.cache_dtype) == ("int8", "int8")
+    assert (floats.model.weights_dtype, floats.model.cache_dtype) == ("float32", "float32")
+    assert (numbers.model.weights_dtype, numbers.model.cache_dtype) == ("int8", "int8")
     attention = _CFG.decoder.layer.attention
     expected = 4 * attention.head_dim / (attention.head_dim + 4)
     got = numbers.engine.limits.num_pages / floats.engine.limits.num_pages
