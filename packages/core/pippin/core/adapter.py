@@ -7,7 +7,6 @@ adapter.safetensors    the weights
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,30 +82,16 @@ def save_adapter(
         CheckpointError: the directory is there already, or there is no room.
     """
     directory = Path(directory).absolute()
-    if directory.exists():
-        raise CheckpointError(
-            f"{directory} is there already. Remove it, or write the adapter to another directory."
-        )
     arrays = {path + _DOWN: m.down for path, m in maps.items()} | {
         path + _UP: m.up for path, m in maps.items()
     }
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    try:
-        manifest.remove(temporary)
-        temporary.mkdir(parents=True)
+    with manifest.new_directory(directory, "adapter") as temporary:
         message = pb.AdapterManifest(provenance=provenance or manifest.provenance())
         message.adapter.name, message.adapter.base_signature = directory.name, base_signature
         message.adapter.weights.extend(write_tensors(temporary, "adapter", dict(sorted(arrays.items()))))
         files = sorted({weight.file for weight in message.adapter.weights})
         message.files.extend(manifest.describe_file(temporary, temporary / name) for name in files)
         manifest.write_manifest(temporary, message)
-        manifest.publish(temporary, directory)
-    except OSError as e:
-        raise CheckpointError(
-            f"the adapter {directory} was not saved: {e}. Make room or mend the disk."
-        ) from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return directory
 
 

@@ -87,14 +87,7 @@ def save_bundle(
         CheckpointError: the directory is there already, or an array cannot be stored.
     """
     directory = Path(directory).absolute()
-    if directory.exists():
-        raise CheckpointError(
-            f"{directory} is there already. Remove it, or save the bundle to another directory."
-        )
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    manifest.remove(temporary)
-    temporary.mkdir(parents=True)
-    try:
+    with manifest.new_directory(directory, "bundle") as temporary:
         message = pb.ModelManifest(component=to_proto(component))
         message.provenance.CopyFrom(provenance or manifest.provenance())
         message.weights.extend(write_tensors(temporary, "model", _flatten(params), max_file_bytes))
@@ -103,13 +96,6 @@ def save_bundle(
         if tokenizer is not None:
             message.tokenizer.files.extend(_copy_tokenizer(Path(tokenizer), temporary))
         manifest.write_manifest(temporary, message)
-        manifest.publish(temporary, directory)
-    except OSError as e:
-        raise CheckpointError(
-            f"the bundle {directory} was not saved: {e}. Make room or mend the disk."
-        ) from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return directory
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,29 +118,17 @@ def save_folder(
         CheckpointError: the directory is there already, there is no tokenizer in `tokenizer`,
             or the disk does not take it.
     """
-    if directory.exists():
-        raise CheckpointError(
-            f"{directory} is there already. Remove it, or save the model to another directory."
-        )
-    if tokenizer is not None and not has_tokenizer(tokenizer):
-        raise CheckpointError(
-            f"{tokenizer} holds neither tokenizer.json nor tokenizer.model. Give the folder of a tokenizer, or none."
-        )
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    manifest.remove(temporary)
-    temporary.mkdir(parents=True)
-    try:
+    with manifest.new_directory(directory, "model", safetensors.SafetensorError) as temporary:
+        if tokenizer is not None and not has_tokenizer(tokenizer):
+            raise CheckpointError(
+                f"{tokenizer} holds neither tokenizer.json nor tokenizer.model. Give the folder of a tokenizer, or none."
+            )
         manifest.write_file(temporary / CONFIG_FILE, _json(config))
         _write_weights(temporary, tensors, max_file_bytes)
         if tokenizer is not None:
             for name in _TOKENIZER_FILES:
                 if (tokenizer / name).is_file():
                     manifest.write_file(temporary / name, (tokenizer / name).read_bytes())
-        manifest.publish(temporary, directory)
-    except (OSError, safetensors.SafetensorError) as e:
-        raise CheckpointError(f"the model {directory} was not saved: {e}. Make room or mend the disk.") from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _instead(directory: Path) -> str:

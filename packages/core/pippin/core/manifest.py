@@ -6,12 +6,13 @@ renamed: it is there whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from google.protobuf import text_format
@@ -128,6 +129,36 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path, what: str, *errors: type[Exception]) -> Iterator[Path]:
+    """A temporary directory to write into, which becomes `directory` when the block ends, whole or not at all.
+
+    Args:
+        directory: there is nothing there yet.
+        what: is written, as errors name it: "bundle".
+        errors: that mean, beside OSError, that the disk did not take it.
+
+    Raises:
+        CheckpointError: the directory is there already, or the disk did not take it.
+    """
+    if directory.exists():
+        raise CheckpointError(
+            f"{directory} is there already. Remove it, or save the {what} to another directory."
+        )
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    try:
+        remove(temporary)
+        temporary.mkdir(parents=True)
+        yield temporary
+        publish(temporary, directory)
+    except (OSError, *errors) as e:
+        raise CheckpointError(
+            f"the {what} {directory} was not saved: {e}. Make room or mend the disk."
+        ) from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def publish(temporary: Path, final: Path) -> None:
