@@ -4,7 +4,6 @@ The test's target sets XLA_FLAGS=--xla_force_host_platform_device_count=8.
 """
 
 import functools
-import queue
 
 import jax
 import numpy as np
@@ -18,8 +17,9 @@ from pippin.layers.causal_lm_config import FloatType
 from pippin.layers.models.afm_on_device_2025 import afm_on_device_2025
 from pippin.layers.models.llama import smollm2_135m
 from pippin.serve.engine.engine import Engine
-from pippin.serve.engine.request import FinishReason, Request, Sampling
+from pippin.serve.engine.request import Request, Sampling
 from pippin.serve.engine.scheduler import Limits
+from pippin.serve.engine.testing import serve_all
 from pippin.serve.form import Form
 from pippin.serve.placement import tensor_parallel, with_key_heads
 from pippin.serve.runner import ModelRunner
@@ -84,18 +84,7 @@ def _serve(cfg, ways, requests, limits=_LIMITS, int8=False):
     runner = _runner(cfg, ways, limits, int8)
     runner.reset()
     engine = Engine(runner, limits, lambda token: b"")
-    outputs: queue.Queue = queue.Queue()
-    for request in requests:
-        engine.submit(request, outputs.put)
-    engine.start()
-    found, missing = {r.request_id: [] for r in requests}, len(requests)
-    while missing:
-        output = outputs.get(timeout=300)
-        found[output.request_id] += output.tokens
-        missing -= output.finish_reason is not None
-        assert output.finish_reason in (None, FinishReason.LENGTH)
-    engine.stop(0)
-    return found
+    return serve_all(engine, requests, timeout_s=300)
 
 
 def _same(found, expected, tolerance=_TOLERANCE):

@@ -165,7 +165,7 @@ class ModelRunner:
         self._params = prepared
 
     def run(self, rows: Sequence[Row]) -> list[list[Sampled] | Sums]:
-        """Computes a step; see `pippin.serve.engine.engine.Runner`."""
+        """Computes a step; see `pippin.serve.engine.scheduler.Runner`."""
         computed = [(pieces, self._compute(pieces, shape)) for pieces, shape in self._split(rows)]
         sampled: dict[str, list[Sampled]] = {row.request_id: [] for row in rows}
         sums: dict[str, list[np.ndarray]] = {row.request_id: [] for row in rows if row.sums}

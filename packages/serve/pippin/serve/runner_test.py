@@ -23,8 +23,9 @@ from pippin.layers.models.llama import smollm2_135m
 from pippin.layers.unrolled import unrolled
 from pippin.serve.engine.draft_model import DraftModel
 from pippin.serve.engine.engine import Engine
-from pippin.serve.engine.request import Adapter, FinishReason, Request, Sampling
+from pippin.serve.engine.request import Adapter, Request, Sampling
 from pippin.serve.engine.scheduler import Limits, Row, Scheduler
+from pippin.serve.engine.testing import serve_all
 from pippin.serve.form import AdapterRoom, Form
 from pippin.serve.runner import ModelRunner, page_bytes
 
@@ -92,17 +93,7 @@ def _serve(cfg, requests, limits=_LIMITS, form=_FORM, runner=None, draft=None):
     runner.reset()
     draft_model = None if draft is None else DraftModel(draft)
     engine = Engine(runner, limits, lambda token: b"", draft_model=draft_model)
-    outputs: queue.Queue = queue.Queue()
-    for request in requests:
-        engine.submit(request, outputs.put)
-    engine.start()
-    found, missing = {r.request_id: [] for r in requests}, len(requests)
-    while missing:
-        output = outputs.get(timeout=200)
-        found[output.request_id] += output.tokens
-        missing -= output.finish_reason is not None
-        assert output.finish_reason in (None, FinishReason.LENGTH)
-    engine.stop(0)
+    found = serve_all(engine, requests, timeout_s=200)
     load = engine.load()
     assert load.used_pages == 0
     assert draft is None or 0 < load.right_drafts

@@ -3,28 +3,15 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Protocol
 
-from pippin.serve.engine.request import Sampled, Sampling, Sums
-from pippin.serve.engine.scheduler import Row
+from pippin.serve.engine.request import Sampling, Sums
+from pippin.serve.engine.scheduler import Row, Runner
 
 _log = logging.getLogger(__name__)
 
 _MANY_FAILURES = 3  # one after the other
 # Tokens of answers that are read in a step because they were not when they came, as no guesses were wanted.
 _MOST_BEHIND = 32
-
-
-class DraftRunner(Protocol):
-    """Who computes the smaller model: see `pippin.serve.engine.engine.Runner`."""
-
-    def run(self, rows: Sequence[Row]) -> Sequence[Sequence[Sampled] | Sums]:
-        """Computes the keys and values of all rows, and what follows them."""
-        ...
-
-    def reset(self) -> None:
-        """Makes the cache anew."""
-        ...
 
 
 class DraftModel:
@@ -38,7 +25,7 @@ class DraftModel:
     the coupling of Daliri et al. 2024, arXiv:2408.07978, section 3.
     """
 
-    def __init__(self, runner: DraftRunner):
+    def __init__(self, runner: Runner):
         self._runner = runner
         self._known: dict[str, int] = {}  # request -> its tokens that were read, of those in the last step
         self._lost: set[str] = set()  # requests of which it has forgotten what it read

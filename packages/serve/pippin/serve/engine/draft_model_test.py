@@ -1,7 +1,6 @@
 """A draft model: its guesses save steps, and change no answer, whatever it guesses and however it fails."""
 
 import dataclasses
-import queue
 
 import pytest
 
@@ -9,7 +8,7 @@ from pippin.serve.engine.draft_model import DraftModel
 from pippin.serve.engine.engine import Engine
 from pippin.serve.engine.request import Request, Sampling
 from pippin.serve.engine.scheduler import Limits
-from pippin.serve.engine.testing import FakeRunner, answer, token_bytes
+from pippin.serve.engine.testing import FakeRunner, answer, serve_all, token_bytes
 
 _LIMITS = Limits(num_pages=64, page_size=4, max_requests=8, chunk_tokens=32, row_tokens=4)
 
@@ -39,16 +38,8 @@ def _serve(requests, draft, limits=_LIMITS):
     """The tokens of each request, how many steps there were, and the engine's load at the end."""
     runner = FakeRunner(limits)
     engine = Engine(runner, limits, token_bytes, draft_model=None if draft is None else DraftModel(draft))
-    outputs: queue.Queue = queue.Queue()
-    for request in requests:
-        engine.submit(request, outputs.put)
-    engine.start()
-    found, missing = {r.request_id: [] for r in requests}, len(requests)
-    while missing:
-        output = outputs.get(timeout=30)
-        found[output.request_id] += [one.token for one in output.tokens]
-        missing -= output.finish_reason is not None
-    engine.stop(0)
+    told = serve_all(engine, requests, timeout_s=30)
+    found = {request_id: [one.token for one in tokens] for request_id, tokens in told.items()}
     return found, len(runner.steps), engine.load()
 
 

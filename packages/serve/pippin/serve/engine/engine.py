@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from pippin.serve.engine.request import (
     Timing,
     Usage,
 )
-from pippin.serve.engine.scheduler import Generation, Limits, Row, Scheduler
+from pippin.serve.engine.scheduler import Generation, Limits, Row, Runner, Scheduler
 from pippin.serve.engine.suspects import Suspects
 from pippin.serve.engine.text import TextStream
 from pippin.serve.errors import (
@@ -43,22 +42,6 @@ _MANY_FAILURES = 64
 _RESET_AGAIN_S = 1.0
 
 OnOutput = Callable[[Output], None]
-
-
-class Runner(Protocol):
-    """Who computes: the model and its cache."""
-
-    def run(self, rows: Sequence[Row]) -> Sequence[Sequence[Sampled] | Sums]:
-        """Computes the keys and values of all rows.
-
-        The result is what follows each row that asks for it: behind its history, and behind each of its drafts as if
-        all before were right. Of a row that wants sums, it is these.
-        """
-        ...
-
-    def reset(self) -> None:
-        """Makes the cache anew, after a failure. What pages held is lost."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -258,9 +241,8 @@ class Engine:
         ahead, count = self._scheduler.tokens_ahead(), len(request.prompt)
         # A prompt that is longer than the limit is taken where none waits.
         fits = ahead + count <= queue.max_waiting_tokens
-        if len(waiting) < queue.max_waiting and (
-            fits or (count > queue.max_waiting_tokens and len(waiting) == 0) or ahead == 0
-        ):
+        alone = count > queue.max_waiting_tokens and len(waiting) == 0
+        if len(waiting) < queue.max_waiting and (fits or alone):
             return
         # Where others fill the queue, there is still a place for who has less than a share of it.
         shares = waiting.num_tenants + 1

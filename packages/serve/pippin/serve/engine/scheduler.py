@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from pippin.core.errors import ConfigError
 from pippin.serve.engine.drafter import Drafter
 from pippin.serve.engine.page_pool import PagePool, prefix_keys
-from pippin.serve.engine.request import Constraint, Request, Sampling, Sums
+from pippin.serve.engine.request import Constraint, Request, Sampled, Sampling, Sums
 from pippin.serve.engine.waiting import WaitingQueue
 
 # The least and the most rows of a program for answers. A matrix product on a CPU sums in another order for one row, for
@@ -95,6 +96,22 @@ class Row:
         """
         wrong = (i for i, draft in enumerate(self.drafts) if token(chosen[i]) != draft)
         return chosen[: next(wrong, len(self.drafts)) + 1]
+
+
+class Runner(Protocol):
+    """Who computes: the model and its cache."""
+
+    def run(self, rows: Sequence[Row]) -> Sequence[Sequence[Sampled] | Sums]:
+        """Computes the keys and values of all rows.
+
+        The result is what follows each row that asks for it: behind its history, and behind each of its drafts as if
+        all before were right. Of a row that wants sums, it is these.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Makes the cache anew, after a failure. What pages held is lost."""
+        ...
 
 
 class Generation:

@@ -1,12 +1,14 @@
 """A runner and tokens for tests of what surrounds a model: no arrays are computed, and every answer is known."""
 
 import hashlib
+import queue
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 
-from pippin.serve.engine.request import Sampled, Sums
+from pippin.serve.engine.engine import Engine
+from pippin.serve.engine.request import FinishReason, Output, Request, Sampled, Sums
 from pippin.serve.engine.scheduler import Limits, Row
 
 VOCAB_SIZE = 256  # a token is a byte
@@ -28,6 +30,26 @@ def answer(prompt: Sequence[int], count: int, seed: int = 0, letters: int = 26) 
 def hidden(token: int) -> np.ndarray:
     """What the FakeRunner takes for the hidden state of a token."""
     return np.array([1.0, token, token % 7], np.float32)
+
+
+def serve_all(engine: Engine, requests: Sequence[Request], timeout_s: float) -> dict[str, list[Sampled]]:
+    """What each request was told of its tokens. All are submitted, and then the engine is started; it is stopped at the end.
+
+    `timeout_s`: for which nothing may come.
+    """
+    outputs: queue.Queue[Output] = queue.Queue()
+    for request in requests:
+        engine.submit(request, outputs.put)
+    engine.start()
+    found: dict[str, list[Sampled]] = {request.request_id: [] for request in requests}
+    missing = len(requests)
+    while missing:
+        output = outputs.get(timeout=timeout_s)
+        found[output.request_id] += output.tokens
+        missing -= output.finish_reason is not None
+        assert output.finish_reason in (None, FinishReason.LENGTH)
+    engine.stop(0)
+    return found
 
 
 class FakeRunner:

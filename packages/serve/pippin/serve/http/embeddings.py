@@ -17,7 +17,7 @@ from pippin.serve.errors import InvalidRequestError, RequestError, Violation
 from pippin.serve.frontend import Embedding, Frontend
 from pippin.serve.http.body import read_object
 from pippin.serve.http.disconnect import while_connected
-from pippin.serve.http.fields import Fields, prompts_of
+from pippin.serve.http.fields import Fields, prompts_of, set_prompt
 from pippin.serve.http.guard import caller_of
 from pippin.serve.http.http_limits import HttpLimits
 from pippin.serve.http.problem import Problem
@@ -115,14 +115,7 @@ def embed_question(values: Mapping[str, Any]) -> EmbedQuestion:
     for prompt in prompts or ():
         one = pb.EmbedRequest()
         one.CopyFrom(common)
-        try:
-            if isinstance(prompt, str):
-                one.text = prompt
-            else:
-                one.token_ids.ids.extend(prompt)
-                one.token_ids.SetInParent()
-        except ValueError:
-            fields.wrong("input", "holds an id that is out of range")
+        set_prompt(fields, "input", one, prompt)
         requests.append(one)
     fields.finish({"dimensions": ()}, frozenset({"user"}))
     if fields.violations:

@@ -27,6 +27,18 @@ def prompts_of(value: Any) -> list[str | list[int]] | None:
     return None
 
 
+def set_prompt(fields: "Fields", name: str, request: Any, prompt: str | list[int]) -> None:
+    """Puts one of `prompts_of` into a message, or notes under a name what is wrong with it."""
+    try:
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(prompt)
+            request.token_ids.SetInParent()
+    except ValueError:
+        fields.wrong(name, "holds an id that is out of range")
+
+
 def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(token) is int for token in value)
 

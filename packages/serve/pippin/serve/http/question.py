@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pippin.serve.errors import InvalidRequestError, Violation
-from pippin.serve.http.fields import Fields, is_text, prompts_of
+from pippin.serve.http.fields import Fields, is_text, prompts_of, set_prompt
 from pippin.serve.request_limits import RequestLimits
 from pippin.v1 import inference_pb2 as pb
 
@@ -127,16 +127,7 @@ def completion_question(values: Mapping[str, Any]) -> Question:
         fields.wrong("best_of", "is not supported by this server. Leave it out.")
     requests = [pb.GenerateRequest() for _ in prompts or ()]
     for i, (one, prompt) in enumerate(zip(requests, prompts or (), strict=True)):
-        try:
-            if isinstance(prompt, str):
-                one.text = prompt
-            else:
-                one.token_ids.ids.extend(prompt)
-                one.token_ids.SetInParent()
-        except ValueError:
-            fields.wrong(
-                "prompt" if len(requests) == 1 else f"prompt[{i}]", "holds an id that is out of range"
-            )
+        set_prompt(fields, "prompt" if len(requests) == 1 else f"prompt[{i}]", one, prompt)
     names = {"text": "prompt", "token_ids.ids": "prompt"}
     question = _question(fields, request, requests, names)
     if len(requests) > 1 and question.stream:
