@@ -4,12 +4,12 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from pippin.core.errors import ConfigError
 from pippin.core.hardware.accelerator import Target
+from pippin.core.hardware.memory import shard_bytes
 from pippin.core.hardware.profile import Profile, read_profile
 from pippin.core.hardware.topology import topology
 from pippin.layers.causal_lm_config import CausalLMConfig, FloatType
@@ -104,7 +104,7 @@ def estimate(
         with record_choices() as choices:
             lowered = lower_step(cfg, limits, form, shape)
         kernels |= dict.fromkeys(choice.kernel for choice in choices)
-        parameter_bytes, cache_bytes = _shard_bytes(lowered.params), _shard_bytes(lowered.cache)
+        parameter_bytes, cache_bytes = shard_bytes(lowered.params), shard_bytes(lowered.cache)
         temporary, text = _compiled(lowered.program, target, parameter_bytes + cache_bytes)
         mesh = dict(placement.mesh.shape)
         programs.append(
@@ -145,13 +145,6 @@ def _compiled(lowered: jax.stages.Lowered, target: Target, arguments: float) -> 
     # What is given away for results is counted with the arguments.
     needed = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     return float(needed + stats.generated_code_size_in_bytes), compiled.as_text()
-
-
-def _shard_bytes(tree: Any) -> float:
-    """What one device holds of arrays."""
-    return float(
-        sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    )
 
 
 def table(e: Estimate) -> str:

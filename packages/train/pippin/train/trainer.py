@@ -101,11 +101,10 @@ class Trainer:
             )
         # LoRA layers that are not there start as they would anyway: without effect.
         added = {} if lora_scales(source.component) else lora_scales(self.cfg.model)
-        names = {path: without_lora(path, added) for path in flatten_params(self.infos)}
+        infos = flatten_params(self.infos)
+        names = {path: without_lora(path, added) for path in infos}
         fresh = {path for path in names if path.rpartition(".")[0] in added}
-        ours = {
-            names[path]: info.shape for path, info in flatten_params(self.infos).items() if path not in fresh
-        }
+        ours = {names[path]: info.shape for path, info in infos.items() if path not in fresh}
         theirs = {path: weight.shape for path, weight in source.weights.items()}
         if ours != theirs:
             differing = sorted(p for p in ours.keys() | theirs.keys() if ours.get(p) != theirs.get(p))

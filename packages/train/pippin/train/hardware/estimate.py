@@ -14,6 +14,7 @@ from flax import nnx
 from pippin.core.config_tree import transform
 from pippin.core.errors import ConfigError
 from pippin.core.hardware.accelerator import Target
+from pippin.core.hardware.memory import shard_bytes
 from pippin.core.hardware.profile import Profile, read_profile
 from pippin.core.hardware.topology import topology
 from pippin.core.module import merge, split
@@ -127,8 +128,8 @@ def estimate(cfg: Any, target: Target) -> Estimate:
     with record_choices() as choices:
         traced = trainer.trace()
     parameter_bytes, learner_bytes = (
-        _shard_bytes(trainer.template.params),
-        _shard_bytes(trainer.template.learner),
+        shard_bytes(trainer.template.params),
+        shard_bytes(trainer.template.learner),
     )
     try:
         compiled = traced.lower().compile(compiler_options=dict(goal.options))
@@ -179,10 +180,3 @@ def model_flops(cfg: Any) -> float:
         lambda p, b: merge(definition, p).loss(b)[0], params, abstract_batch(1, cfg.input.sequence_length)
     )
     return 3 * forward.total * cfg.input.batch_size
-
-
-def _shard_bytes(tree: Any) -> float:
-    """What one device holds of arrays."""
-    return float(
-        sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    )
