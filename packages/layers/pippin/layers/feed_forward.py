@@ -1,5 +1,6 @@
 """Feed-forwards."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 
@@ -18,6 +19,7 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 }
 
 
+@functools.cache
 def gated(activation: Activation) -> Callable[[Array, Array], Array]:
     """`activation(gate) * up`, of which the backward pass keeps the two arguments alone.
 

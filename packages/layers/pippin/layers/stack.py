@@ -78,13 +78,17 @@ class Sequence(Module):
 
     def __call__(self, x: Float[Array, "B T D"], ctx: Context, cache: Cache = None) -> LayerOutput:
         caches, kv = [], ctx.kv
+        runs: dict[nnx.GraphDef, Run] = {}  # one for layers that are alike
         for i, layer in enumerate(self.layers):
+            definition, params = split(layer)
+            if definition not in runs:
+                run = _collecting(definition)
+                # Layers that are alike are traced once. What is computed at once needs no program.
+                runs[definition] = jax.jit(run) if isinstance(x, jax.core.Tracer) else run
             last_only = ctx.last_only and i == len(self.layers) - 1  # the layers before read every position
-            out = layer(
-                x,
-                dataclasses.replace(ctx, kv=kv, last_only=last_only),
-                None if cache is None else cache[i],
-            )
+            of_layer = dataclasses.replace(ctx, kv=kv, last_only=last_only)
+            out, outputs = runs[definition](params, x, of_layer, None if cache is None else cache[i])
+            add_collected(outputs)
             x, kv = out.x, out.kv or kv
             caches.append(out.cache)
         return LayerOutput(x, None if cache is None else tuple(caches), kv)
@@ -247,15 +251,21 @@ def _pure(layer: Module, remat: Remat, *, in_loop: bool) -> tuple[Run, Params]:
             merging what is computed again with what was computed before.
     """
     definition, params = split(layer)
+    run = _collecting(definition)
+    if remat is Remat.NONE:
+        return run, params
+    return jax.checkpoint(run, policy=_REMAT_POLICIES[remat], prevent_cse=not in_loop), params
 
-    def run(params: Params, x: Array, ctx: Context, cache: Cache) -> tuple[LayerOutput, Outputs]:
+
+def _collecting(definition: nnx.GraphDef) -> Run:
+    """Layers of a definition as a function that returns what they report too."""
+
+    def layer(params: Params, x: Array, ctx: Context, cache: Cache) -> tuple[LayerOutput, Outputs]:
         with collect() as outputs:
             out = merge(definition, params)(x, ctx, cache)
         return out, outputs
 
-    if remat is Remat.NONE:
-        return run, params
-    return jax.checkpoint(run, policy=_REMAT_POLICIES[remat], prevent_cse=not in_loop), params
+    return layer
 
 
 def _build_stacked(cfg: Config, n: int, axis: str, rngs: nnx.Rngs) -> Any:

@@ -18,6 +18,7 @@ from pippin.layers import reference
 from pippin.layers.attention_config import GroupedQueryAttentionConfig, SharedKVAttentionConfig
 from pippin.layers.cache_config import SlidingWindowCacheConfig
 from pippin.layers.context import Context
+from pippin.layers.feed_forward import FeedForward
 from pippin.layers.feed_forward_config import FeedForwardConfig
 from pippin.layers.moe_config import MoEConfig, TopKRouterConfig
 from pippin.layers.norm_config import RMSNormConfig
@@ -298,6 +299,26 @@ def test_layers_of_a_stack_start_with_values_of_their_own():
 def test_stacks_of_too_few_are_refused(make, match):
     with pytest.raises(ConfigError, match=match):
         make()
+
+
+def test_layers_of_a_sequence_that_are_alike_are_traced_once():
+    traced = []
+
+    class Counting(FeedForward):
+        class Config(FeedForwardConfig, provides="feed_forward"):
+            pass
+
+        def __call__(self, x):
+            traced.append(x.shape)
+            return super().__call__(x)
+
+    alike = _LAYER.set(feed_forward=Counting.Config(hidden_dim=5))
+    model = SequenceConfig(input_dim=_D, layers=(alike, alike, alike, _LOCAL, alike)).build(rngs=nnx.Rngs(0))
+    definition, params = split(model)
+    ctx = Context(jnp.asarray(positions(2, _T)))
+    jax.jit(lambda params, x: merge(definition, params)(x, ctx).x)(params, jnp.asarray(_X, jnp.float32))
+    # The first, and one of those that are told of keys of a layer before.
+    assert traced == [_X.shape] * 2
 
 
 def test_a_shared_kv_stack_of_layers_without_keys_says_what_to_put_there():

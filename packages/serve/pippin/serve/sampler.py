@@ -159,8 +159,11 @@ def _told(
 
 def _greedy(logits: Float[Array, "S V"]) -> Int[Array, " S"]:
     """The most likely tokens; -1 where logits are not finite."""
-    finite = jnp.isfinite(jnp.max(logits, axis=-1))
-    return jnp.where(finite, jnp.argmax(logits, axis=-1), -1)
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    # Not by argmax, whose pairs of a value and an index are not vectorised on CPUs.
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    first = jnp.min(jnp.where(logits == highest, ids, logits.shape[1]), axis=-1)
+    return jnp.where(jnp.isfinite(highest[:, 0]), first, -1)
 
 
 def _sample(

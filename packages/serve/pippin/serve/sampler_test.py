@@ -76,6 +76,8 @@ def test_filters_keep_what_they_should(sampling, kept):
 def test_temperature_zero_takes_the_most_likely():
     greedy = [row(Sampling(temperature=0.0, seed=i)) for i in range(4)]
     assert [s.token for s in _SAMPLER(jnp.asarray(_LOGITS), greedy)] == _LOGITS.argmax(-1).tolist()
+    tied = np.where(np.arange(_LOGITS.shape[1]) % 3 == 1, 9.0, _LOGITS)
+    assert [s.token for s in _SAMPLER(jnp.asarray(tied), greedy)] == [1] * 4  # the first of equals
 
 
 def test_a_row_draws_the_same_whatever_the_others_ask_for():
