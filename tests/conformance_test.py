@@ -57,6 +57,8 @@ FIELDS: dict[str, Any] = {
 
 # The fields, sizes and static inputs of a call that a component serves, where it serves some calls only.
 SERVED: dict[str, tuple[dict[str, Any], dict[str, int], dict[str, Any]]] = {
+    "pippin.layers.FakeQuantLinear": ({"group_size": 1}, {}, {}),
+    "pippin.layers.FakeQuantEmbedding": ({"group_size": 1}, {}, {}),
     "pippin.layers.SplashKernel": ({"interpret": True}, {"T": 128, "S": 128}, {"aligned": True}),
 }
 

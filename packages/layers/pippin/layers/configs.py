@@ -49,6 +49,12 @@ from pippin.layers.linear_config import (
 from pippin.layers.moe_config import MoEConfig, TopKRouterConfig
 from pippin.layers.norm_config import RMSNormConfig
 from pippin.layers.position_config import ALiBiConfig, Llama3ScalingConfig, NoPEConfig, RoPEConfig
+from pippin.layers.quant.fake_quant_config import (
+    FakeQuantEmbeddingConfig,
+    FakeQuantKVKernelConfig,
+    FakeQuantLinearConfig,
+    fake_quantized,
+)
 from pippin.layers.stack_config import (
     ParallelTracksConfig,
     PipelineConfig,
@@ -69,6 +75,9 @@ __all__ = [
     "CausalLMConfig",
     "CuDNNKernelConfig",
     "EmbeddingConfig",
+    "FakeQuantEmbeddingConfig",
+    "FakeQuantKVKernelConfig",
+    "FakeQuantLinearConfig",
     "FanInInitConfig",
     "FeedForwardConfig",
     "FloatType",
@@ -109,6 +118,7 @@ __all__ = [
     "TopKRouterConfig",
     "TransformerLayerConfig",
     "TritonKernelConfig",
+    "fake_quantized",
     "lora",
     "multi_lora",
     "paged",

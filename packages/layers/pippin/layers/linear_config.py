@@ -61,7 +61,7 @@ def quantize_matmuls(matmul: MatmulType) -> Modifier[Any]:
             return cfg.set(base=quantized(cfg.base))
         return inherit(QuantizedLinearConfig(matmul=matmul), cfg) if type(cfg) is LinearConfig else cfg
 
-    return lambda cfg: _map_linears(cfg, quantized, where, inside=False)
+    return lambda cfg: map_linears(cfg, quantized, where, inside=False)
 
 
 class EmbeddingConfig(Config, implementation="pippin.layers.linear:Embedding", provides="embedding"):
@@ -99,7 +99,7 @@ def int8_weights(cfg: Any) -> Any:
     def embedded(cfg: Config) -> Config:
         return inherit(Int8EmbeddingConfig(), cfg) if type(cfg) is EmbeddingConfig else cfg
 
-    return transform(_map_linears(cfg, changed, where, inside=True), embedded)
+    return transform(map_linears(cfg, changed, where, inside=True), embedded)
 
 
 class GroupedLinearConfig(
@@ -156,7 +156,7 @@ def lora(rank: int = 16, alpha: float = 16.0, only: str | None = None) -> Modifi
             template = LoRALinearConfig(rank=rank, alpha=alpha)
             return cfg if isinstance(cfg, LoRALinearConfig) else inherit(template.set(base=cfg), cfg)
 
-        result = _map_linears(cfg, wrapped, where, inside=only is None)
+        result = map_linears(cfg, wrapped, where, inside=only is None)
         if result == cfg:
             inside = "" if only is None else f" inside {only!r}"
             kinds = sorted({c.PROVIDES for _, c in traverse(cfg)} - {""})
@@ -202,17 +202,17 @@ def multi_lora(num_adapters: int = 8, rank: int = 16) -> Modifier[Any]:
     def where(cfg: Config) -> bool | None:
         return False if cfg.PROVIDES == "router" else None
 
-    return lambda cfg: _map_linears(
+    return lambda cfg: map_linears(
         cfg, lambda linear: inherit(template.set(base=linear), linear), where, inside=True
     )
 
 
-def _map_linears(
+def map_linears(
     value: Any, change: Callable[[Config], Config], where: Callable[[Config], bool | None], inside: bool
 ) -> Any:
     """A tree with the linear maps of some parts changed. `where` says of a part whether it counts; None: as what holds it."""
     if isinstance(value, tuple):
-        return tuple(_map_linears(v, change, where, inside) for v in value)
+        return tuple(map_linears(v, change, where, inside) for v in value)
     if not isinstance(value, Config):
         return value
     here = where(value)
@@ -220,5 +220,5 @@ def _map_linears(
     if value.PROVIDES == "linear":
         return change(value) if inside else value
     fields = {name: getattr(value, name) for name in field_hints(type(value))}
-    new = {name: _map_linears(old, change, where, inside) for name, old in fields.items()}
+    new = {name: map_linears(old, change, where, inside) for name, old in fields.items()}
     return value.set(**{name: v for name, v in new.items() if v != fields[name]})

@@ -1,4 +1,4 @@
-"""A trained model in the form in which it is served: each layer has arrays of its own."""
+"""A trained model in the form in which it is served and compressed: each layer has arrays of its own. No JAX."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 
 from pippin.core.config import Config
-from pippin.core.module import Params
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.linear_config import EmbeddingConfig, LinearConfig
 from pippin.layers.stack_config import RepeatConfig, SequenceConfig, SharedKVStackConfig
+
+Params = dict[str, Any]  # name -> Params or array
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
     cfg: Config
-    params: Params
+    params: Any  # of a layer: nested dicts of arrays, or what stands for them
 
 
 def unrolled(cfg: CausalLMConfig, params: Mapping[str, Any]) -> tuple[CausalLMConfig, Params]:
@@ -36,6 +37,11 @@ def unrolled(cfg: CausalLMConfig, params: Mapping[str, Any]) -> tuple[CausalLMCo
     return cfg.set(decoder=decoder), {**params, "decoder": {"layers": of_layers}}
 
 
+def unrolled_config(cfg: CausalLMConfig) -> CausalLMConfig:
+    """The config that `unrolled` gives."""
+    return unrolled(cfg, {"decoder": _AnyParams()})[0]
+
+
 def untied(cfg: CausalLMConfig, params: Mapping[str, Any]) -> tuple[CausalLMConfig, Params]:
     """The same model with a head of its own, which has a copy of the embedding: [D, V], as matrix products want it."""
     if cfg.head is not None or not isinstance(cfg.embedding, EmbeddingConfig):
@@ -43,6 +49,13 @@ def untied(cfg: CausalLMConfig, params: Mapping[str, Any]) -> tuple[CausalLMConf
     weight = params["embedding"]["weight"].T
     weight = np.ascontiguousarray(weight) if isinstance(weight, np.ndarray) else weight
     return cfg.set(head=LinearConfig()), {**params, "head": {"weight": weight}}
+
+
+class _AnyParams:
+    """Stands for parameters of which none is looked at."""
+
+    def __getitem__(self, _: object) -> "_AnyParams":
+        return self
 
 
 def _layers(cfg: Config, params: Any) -> list[_Layer]:

@@ -19,6 +19,7 @@ from pippin.core.sharding import use_mesh
 from pippin.core.tokenizer import tokenizer_digest
 from pippin.layers.adapter import lora_scales, without_lora
 from pippin.layers.model_files import open_model
+from pippin.layers.quant.settle import factor_paths
 from pippin.train.step import TrainState, make_step
 from pippin.train.trainer_config import TrainerConfig
 
@@ -99,11 +100,12 @@ class Trainer:
                 f"init_from {source.directory} was trained with another tokenizer, so its ids mean other text. "
                 f"Use its own: --set input.tokenizer=TokenizerFiles --set input.tokenizer.directory={source.tokenizer}."
             )
-        # LoRA layers that are not there start as they would anyway: without effect.
+        # LoRA layers that are not there start as they would anyway: without effect. So do scales of rounded weights.
         added = {} if lora_scales(source.component) else lora_scales(self.cfg.model)
         infos = flatten_params(self.infos)
         names = {path: without_lora(path, added) for path in infos}
         fresh = {path for path in names if path.rpartition(".")[0] in added}
+        fresh |= factor_paths(self.cfg.model) - source.weights.keys()
         ours = {names[path]: info.shape for path, info in infos.items() if path not in fresh}
         theirs = {path: weight.shape for path, weight in source.weights.items()}
         if ours != theirs:
