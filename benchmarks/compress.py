@@ -28,7 +28,6 @@ from typing import Any
 from pippin.core.bundle import Bundle, load_bundle, save_bundle
 from pippin.core.config_tree import override
 from pippin.core.module import flatten_params, unflatten_params
-from pippin.core.quantized_array import Palettized
 from pippin.core.tokenizer import load_tokenizer
 from pippin.export.compress.compress import compress, needs_calibration
 from pippin.export.compress.config import PaletteConfig, RecipeConfig, ScaleConfig, Weighting
@@ -99,7 +98,9 @@ def run(model: str, chosen: list[Contender], out: Path) -> list[Row]:
             compressed = load_bundle(place)
             bits, size = _sizes(compressed)
             rows.append(
-                Row(contender.name, bits, size / 1e6, evaluator.perplexity(compressed.params()), seconds, peak)
+                Row(
+                    contender.name, bits, size / 1e6, evaluator.perplexity(compressed.params()), seconds, peak
+                )
             )
             file.write(json.dumps(dataclasses.asdict(rows[-1])) + "\n")
             file.flush()
@@ -175,9 +176,7 @@ def _compress(model: str, contender: Contender, place: Path) -> tuple[float, flo
     params = bundle.params()
     text = []
     if needs_calibration(contender.recipe):
-        text = batches(
-            contender.recipe.calibration, calibration_text(), load_tokenizer(_tokenizer(bundle))
-        )
+        text = batches(contender.recipe.calibration, calibration_text(), load_tokenizer(_tokenizer(bundle)))
     matrices = {}
     if contender.peer_bits is not None:
         _, tree = unrolled(bundle.component, params)  # type: ignore[arg-type]
@@ -215,7 +214,9 @@ def _sizes(bundle: Bundle) -> tuple[float, int]:
 
 def _tokenizer(bundle: Bundle) -> Path:
     if bundle.tokenizer is None:
-        raise SystemExit(f"{bundle.directory} has no tokenizer, so no text can be measured. Give another model.")
+        raise SystemExit(
+            f"{bundle.directory} has no tokenizer, so no text can be measured. Give another model."
+        )
     return bundle.tokenizer
 
 
@@ -229,9 +230,13 @@ def _say(what: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--peer-bits", nargs="*", type=int, default=[4, 3, 2], help="of coremltools' palettes")
+    parser.add_argument(
+        "--peer-bits", nargs="*", type=int, default=[4, 3, 2], help="of coremltools' palettes"
+    )
     parser.add_argument("--only", nargs="*", help="contenders by the start of their names")
     parser.add_argument("--out", type=Path, default=Path("benchmark_compress"))
     args = parser.parse_args()

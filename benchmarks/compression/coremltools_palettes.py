@@ -25,7 +25,9 @@ def palettes(
     names = {f"matrix_{i}": name for i, name in enumerate(matrices)}
     model = _program({label: matrices[name].T for label, name in names.items()})
     found = {}
-    for op in palettize(model, bits)._mil_program.functions["main"].find_ops(op_type="constexpr_lut_to_dense"):
+    for op in (
+        palettize(model, bits)._mil_program.functions["main"].find_ops(op_type="constexpr_lut_to_dense")
+    ):
         indices, luts = op.indices.val, op.lut.val[..., 0]
         label = next(label for label in names if op.name.startswith(f"{label}_weight"))
         found[names[label]] = Palettized(

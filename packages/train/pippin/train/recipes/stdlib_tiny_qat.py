@@ -14,8 +14,8 @@ _BASE = "runs/stdlib_tiny"
 def stdlib_tiny_qat() -> TrainerConfig:
     """The run of stdlib_tiny with weights of 2 bits, an embedding of 4, and keys and values of 8.
 
-    Weights are averaged, and do not decay. `bazel run //packages/export:compress -- --recipe as_trained` stores them as they
-    were rounded. Train stdlib_tiny first; `--set init_from=DIR` and `--set input.tokenizer.directory=DIR/tokenizer` take
+    Weights are averaged, and do not decay. `bazel run //packages/export:compress` stores them as they were rounded, whatever
+    its recipe. Train stdlib_tiny first; `--set init_from=DIR` and `--set input.tokenizer.directory=DIR/tokenizer` take
     another run.
 
     Source:   AFM 2025, arXiv:2507.13575 (levels, learned scales, averaged weights); sizes and learning rate are ours.
