@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import html
+import itertools
 import json
 import math
 import multiprocessing
@@ -131,7 +132,7 @@ def table(rows: list[Row]) -> str:
 def peer_loss(rows: list[Row], bits: float) -> float | None:
     """What coremltools' palettes would lose at a size between two of theirs; None outside of them."""
     peers = sorted((r for r in rows if r.name.startswith("coremltools")), key=lambda r: r.bits_per_weight)
-    for low, high in zip(peers, peers[1:], strict=False):
+    for low, high in itertools.pairwise(peers):
         if low.bits_per_weight <= bits <= high.bits_per_weight:
             share = (bits - low.bits_per_weight) / (high.bits_per_weight - low.bits_per_weight)
             losses = [math.log(r.perplexity - rows[0].perplexity) for r in (low, high)]
