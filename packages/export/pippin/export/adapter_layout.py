@@ -40,9 +40,7 @@ def adapter_layout(shapes: Mapping[str, tuple[int, ...]], rank: int, base_signat
     return layout
 
 
-def packed_adapter(
-    adapter: Adapter, maps: Mapping[str, LowRank], layout: pb.AdapterLayout
-) -> np.ndarray:
+def packed_adapter(adapter: Adapter, maps: Mapping[str, LowRank], layout: pb.AdapterLayout) -> np.ndarray:
     """An adapter as the flat input of a program: float16 [N].
 
     Args:
@@ -64,7 +62,9 @@ def packed_adapter(
     flat = np.zeros(layout.length, np.float16)
     for path, pair in maps.items():
         if f"{path}.down" not in slots:
-            known = ", ".join(sorted({slot.name.split(".", 3)[-1].rpartition(".")[0] for slot in layout.slots}))
+            known = ", ".join(
+                sorted({slot.name.split(".", 3)[-1].rpartition(".")[0] for slot in layout.slots})
+            )
             raise CheckpointError(
                 f"the adapter {adapter.directory} has maps for {path}, for which the package has no room. It has some for "
                 f"these of each layer: {known}."

@@ -16,7 +16,7 @@ from pippin.core.errors import ConfigError
 from pippin.core.quantized_array import QuantizedArray
 from pippin.export import lower_attention, lower_linear, lower_model  # noqa: F401  they declare the rules
 from pippin.export.adapter_layout import adapter_layout
-from pippin.export.coreml_tools import Builder as mb  # noqa: N813  its own name of it
+from pippin.export.coreml_tools import Builder as mb
 from pippin.export.coreml_tools import ct, mil, types
 from pippin.export.lower_emitter import Emitter, require_rules
 from pippin.export.lower_weights import Weights
@@ -26,6 +26,7 @@ from pippin.v1 import export_pb2 as pb
 
 TARGET = ct.target.iOS18
 FUNCTIONS = ("prefill", "decode")
+STATES = ("keyCache", "valueCache")
 
 _CONTEXT_STEP = 32  # the neural engine wants dims of states in multiples of it
 
@@ -111,9 +112,7 @@ def lower(
 
 def _cache_shape(cfg: CausalLMConfig, context: int) -> tuple[int, ...]:
     """Of a state: float16 [layers with a cache, 1, K, S, H]."""
-    caching = {
-        path: child for path, child in traverse(cfg) if isinstance(child, GroupedQueryAttentionConfig)
-    }
+    caching = {path: child for path, child in traverse(cfg) if isinstance(child, GroupedQueryAttentionConfig)}
     shapes = {(child.num_kv_heads, child.head_dim) for child in caching.values()}
     if len(shapes) != 1:
         what = " and ".join(f"{heads} heads of {dim}" for heads, dim in sorted(shapes)) or "none"
@@ -127,7 +126,7 @@ def _cache_shape(cfg: CausalLMConfig, context: int) -> tuple[int, ...]:
 
 def _inputs(
     tokens: int, context: int, cache: tuple[int, ...], layout: pb.AdapterLayout | None
-) -> dict[str, mb.TensorSpec | mb.StateTensorSpec]:
+) -> dict[str, mil.Placeholder]:
     inputs = {
         "inputIds": mb.TensorSpec((1, tokens), types.int32),
         "position": mb.TensorSpec((1,), types.int32),
@@ -135,36 +134,33 @@ def _inputs(
     }
     if layout is not None:
         inputs["adapter"] = mb.TensorSpec((layout.length,), types.fp16)
-    states = {name: mb.StateTensorSpec(cache, types.fp16) for name in ("keyCache", "valueCache")}
+    states = {name: mb.StateTensorSpec(cache, types.fp16) for name in STATES}
     return inputs | states
 
 
 def _function(
     cfg: CausalLMConfig,
     weights: Weights,
-    inputs: dict[str, mb.TensorSpec | mb.StateTensorSpec],
+    inputs: dict[str, mil.Placeholder],
     tokens: int,
     context: int,
     layout: pb.AdapterLayout | None,
 ) -> mil.Function:
     slots = {} if layout is None else {s.name: (s.offset, tuple(s.shape)) for s in layout.slots}
     with mil.Function(inputs, opset_version=TARGET) as function:
-        emitter = Emitter(
-            weights, dict(function.inputs), tokens=tokens, context=context, adapter_slots=slots
-        )
+        emitter = Emitter(weights, dict(function.inputs), tokens=tokens, context=context, adapter_slots=slots)
         logits = emitter.emit(cfg, "", emitter.ids)
         logits.set_name("logits")
         function.set_outputs([logits])
     return function
 
 
-def _described(
-    name: str, inputs: dict[str, mb.TensorSpec | mb.StateTensorSpec], logits: tuple[int, ...]
-) -> pb.ExportedFunction:
+def _described(name: str, inputs: dict[str, mil.Placeholder], logits: tuple[int, ...]) -> pb.ExportedFunction:
     function = pb.ExportedFunction(name=name)
     for key, spec in inputs.items():
-        is_state = isinstance(spec, mb.StateTensorSpec)
         dtype = "int32" if spec.dtype is types.int32 else "float16"
-        (function.states if is_state else function.inputs).add(name=key, dtype=dtype, shape=spec.shape)
+        (function.states if key in STATES else function.inputs).add(
+            name=key, dtype=dtype, shape=spec.sym_shape
+        )
     function.outputs.add(name="logits", dtype="float16", shape=logits)
     return function

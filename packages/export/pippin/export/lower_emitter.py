@@ -12,7 +12,7 @@ from pippin.core.config import Config
 from pippin.core.config_tree import traverse
 from pippin.core.errors import ConfigError
 from pippin.core.registry import component_name
-from pippin.export.coreml_tools import Builder as mb  # noqa: N813  its own name of it
+from pippin.export.coreml_tools import Builder as mb
 from pippin.export.lower_weights import Blocks, Dense, Table, Weights
 
 Var = Any  # a value of the program: coremltools' Var
@@ -81,8 +81,7 @@ class Emitter:
         self.weights, self.tokens, self.context = weights, tokens, context
         self._inputs, self._adapter_slots = inputs, adapter_slots
         self._weights_here: dict[str, Var] = {}
-        self._constants_here: dict[str, Var] = {}
-        self._window_masks: dict[int, Var] = {}
+        self._made: dict[str, Any] = {}
         self._new_caches: tuple[list[Var], list[Var]] = ([], [])
         self._old_caches = tuple(mb.read_state(input=inputs[name]) for name in ("keyCache", "valueCache"))
         self.key_values: tuple[Var, Var] | None = None  # of the last layer that made some
@@ -114,10 +113,15 @@ class Emitter:
 
     def constant(self, name: str, values: np.ndarray) -> Var:
         """Numbers that are no weights, under a name that says what they are: stored once for all functions."""
-        if name not in self._constants_here:
-            stored = self.weights.constant(name, values)
-            self._constants_here[name] = _shared(f"constants.{name}", stored, f"constants_{name}")
-        return self._constants_here[name]
+        stored = self.weights.constant(name, values)
+        label = f"constants_{name}".replace(".", "_")
+        return self.once(label, lambda: _shared(f"constants.{name}", stored, label))
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What layers have in common, made by the first of them that asks for it."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
     def low_rank(self, path: str, x: Var) -> Var | None:
         """What the adapter adds to the linear map at a path; None where it has no room for it."""
@@ -159,10 +163,12 @@ class Emitter:
         given = self._inputs["causalMask"]
         if window is None or window >= self.context:
             return given
-        if window not in self._window_masks:
+
+        def narrowed() -> Var:
             near = mb.less(x=self.distance, y=np.int32(window))
-            self._window_masks[window] = mb.select(cond=near, a=given, b=np.float16(-np.inf))
-        return self._window_masks[window]
+            return mb.select(cond=near, a=given, b=np.float16(-np.inf))
+
+        return self.once(f"mask_{window}", narrowed)
 
     @functools.cached_property
     def _placing(self) -> tuple[Var, Var]:

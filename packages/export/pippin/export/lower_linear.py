@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pippin.export.coreml_tools import Builder as mb  # noqa: N813  its own name of it
+from pippin.export.coreml_tools import Builder as mb
 from pippin.export.lower_emitter import Emitter, Var, rule, scalar
 from pippin.layers.linear_config import EmbeddingConfig, LinearConfig, LoRALinearConfig, QuantizedLinearConfig
 from pippin.layers.norm_config import RMSNormConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pippin.export.coreml_tools import Builder as mb  # noqa: N813  its own name of it
+from pippin.export.coreml_tools import Builder as mb
 from pippin.export.lower_emitter import Emitter, Var, rule, scalar
 from pippin.export.lower_linear import product
 from pippin.layers.causal_lm_config import CausalLMConfig
@@ -33,7 +33,9 @@ def _feed_forward(e: Emitter, cfg: FeedForwardConfig, path: str, x: Var) -> Var:
 def _transformer_layer(e: Emitter, cfg: TransformerLayerConfig, path: str, x: Var) -> Var:
     attended = e.emit(cfg.attention, f"{path}.attention", e.emit(cfg.norm, f"{path}.attention_norm", x))
     x = mb.add(x=x, y=attended)
-    hidden = e.emit(cfg.feed_forward, f"{path}.feed_forward", e.emit(cfg.norm, f"{path}.feed_forward_norm", x))
+    hidden = e.emit(
+        cfg.feed_forward, f"{path}.feed_forward", e.emit(cfg.norm, f"{path}.feed_forward_norm", x)
+    )
     return mb.add(x=x, y=hidden)
 
 
