@@ -38,11 +38,11 @@ def summary_text(exported: pb.ExportManifest, places: Places, seconds: float) ->
     if measured := measured_rows(exported):
         lines += [*_aligned([("measured by " + exported.parity.runtime, ""), *measured]), ""]
     room = f", adapters of rank {exported.adapter.rank}" if exported.HasField("adapter") else ""
-    lines += [
-        f"{places.package}: {package / 1e6:,.1f} MB, a context of {exported.context_length} tokens, "
-        f"{exported.prefill_length} of a prompt at a time{room}; written in {seconds:.0f} s",
-        f"{places.folder}: the manifest, the tokenizer and report.html",
-    ]
+    what = (
+        f"{package / 1e6:,.1f} MB, a context of {exported.context_length} tokens, {exported.prefill_length} of a prompt "
+        f"at a time{room}; written in {seconds:.0f} s"
+    )
+    lines += [f"{places.package}: {what}", f"{places.folder}: the manifest, the tokenizer and report.html"]
     return "\n".join(lines)
 
 
