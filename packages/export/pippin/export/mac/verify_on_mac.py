@@ -38,7 +38,7 @@ class Model(Protocol):
         ...
 
 
-type Loader = Callable[[str, str], Model]  # function, compute unit -> model
+Loader = Callable[[str, str], Model]  # function, compute unit -> model; no `type`, which older Pythons do not know
 
 
 @dataclasses.dataclass(frozen=True)
