@@ -16,7 +16,7 @@ from pippin.export.adapter_layout import packed_adapter
 from pippin.export.display import Display
 from pippin.export.lower import Lowered, Sizes, lower
 from pippin.export.model_source import ModelSource, open_source
-from pippin.export.output import Places, new_export, write_manifest, write_tokenizer
+from pippin.export.output import Places, new_export, require_free, write_manifest, write_tokenizer
 from pippin.export.package import user_metadata, write_package
 from pippin.export.report import report_page
 from pippin.export.summary import summary_text
@@ -54,6 +54,7 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
         CheckpointError: there is no model, an adapter fits another one, or the package cannot be written.
     """
     began = time.monotonic()
+    require_free(out, SUFFIX)
     with Display("exporting", len(_STEPS)) as display:
         display.step(_STEPS[0])
         source = open_source(find_model(model))

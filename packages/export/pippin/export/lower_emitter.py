@@ -15,6 +15,8 @@ from pippin.core.registry import component_name
 from pippin.export.coreml_tools import Builder as mb
 from pippin.export.lower_weights import Blocks, Dense, Table, Weights
 
+_UNSEEN = -30_000.0  # added to a logit: its weight is 0, and the sum a number of float16
+
 Var = Any  # a value of the program: coremltools' Var
 
 _RULES: dict[type[Config], Callable[..., Any]] = {}  # config class -> what writes its component
@@ -159,14 +161,15 @@ class Emitter:
         return mb.sub(x=queries, y=mb.reshape(x=self.slots, shape=[1, 1, 1, self.context]))
 
     def mask(self, window: int | None) -> Var:
-        """What is added to the logits of attention: float16 [1, 1, T, S], 0 or -inf."""
-        given = self._inputs["causalMask"]
+        """What is added to the logits of attention: float16 [1, 1, T, S]."""
+        # Not -inf: a row of padding may see no key, and its NaN would reach the caches.
+        given = self.once("mask", lambda: mb.maximum(x=self._inputs["causalMask"], y=np.float16(_UNSEEN)))
         if window is None or window >= self.context:
             return given
 
         def narrowed() -> Var:
             near = mb.less(x=self.distance, y=np.int32(window))
-            return mb.select(cond=near, a=given, b=np.float16(-np.inf))
+            return mb.select(cond=near, a=given, b=np.float16(_UNSEEN))
 
         return self.once(f"mask_{window}", narrowed)
 
