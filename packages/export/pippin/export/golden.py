@@ -8,19 +8,23 @@ X/verify_on_mac.py       runs the package on a Mac and compares; needs coremltoo
 from __future__ import annotations
 
 import hashlib
-import shutil
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pippin.core import manifest
+from pippin.core.atomic_file import write_atomic
 from pippin.export.mac import verify_on_mac
 from pippin.export.output import MANIFEST, Places
 from pippin.export.package_runner import ADAPTER, IDS, MASK, POSITION, Call, PackageRunner
+from pippin.export.report import report_page
 from pippin.v1 import export_pb2 as pb
 
 FILE = "golden.npz"
+SCRIPT = "verify_on_mac.py"
+REPORT = "report.html"
 
 
 def golden_arrays(calls: Sequence[Call], runner: PackageRunner) -> dict[str, np.ndarray]:
@@ -48,19 +52,27 @@ def golden_arrays(calls: Sequence[Call], runner: PackageRunner) -> dict[str, np.
 
 
 def record(
-    places: Places, exported: pb.ExportManifest, parity: pb.ExportParity, runner: PackageRunner
+    places: Places, exported: pb.ExportManifest, parity: pb.ExportParity, runner: PackageRunner, name: str
 ) -> None:
-    """Writes golden vectors and the check for a Mac beside a package, and the manifest anew, with them and what was measured.
+    """Writes golden vectors and the check for a Mac beside a package, and what was measured into manifest and report.
 
-    The manifest is replaced last, in one step.
+    Args:
+        places: of the package.
+        exported: its manifest, which is written last, whole.
+        parity: what was measured.
+        runner: that read a text, whose calls are recorded.
+        name: of the model, as people know it.
     """
-    np.savez_compressed(places.folder / FILE, allow_pickle=False, **golden_arrays(runner.calls, runner))
-    shutil.copyfile(Path(verify_on_mac.__file__), places.folder / "verify_on_mac.py")
+    exported.parity.CopyFrom(parity)
+    vectors = io.BytesIO()
+    np.savez_compressed(vectors, allow_pickle=False, **golden_arrays(runner.calls, runner))
+    write_atomic(places.folder / FILE, vectors.getvalue())
+    write_atomic(places.folder / SCRIPT, Path(verify_on_mac.__file__).read_bytes())
     root = places.package.parent
-    new = [manifest.describe_file(root, places.folder / name) for name in (FILE, "verify_on_mac.py")]
+    write_atomic(places.folder / REPORT, report_page(name, exported))
+    new = [manifest.describe_file(root, places.folder / name) for name in (FILE, SCRIPT, REPORT)]
     names = {file.path for file in new}
     kept = [file for file in exported.files if file.path not in names]
     del exported.files[:]
     exported.files.extend(sorted([*kept, *new], key=lambda file: file.path))
-    exported.parity.CopyFrom(parity)
     manifest.write_manifest(places.folder, exported, MANIFEST)

@@ -115,7 +115,7 @@ def verify_package(request: Request) -> Report:
             checks += _perplexity_checks(parity, request.perplexity_tokens)
     report = Report(tuple(checks), parity, _text(places, checks, length, time.monotonic() - began))
     if request.record and report.passed:
-        record(places, exported, parity, comparisons[0].runner)
+        record(places, exported, parity, comparisons[0].runner, source.name)
     return report
 
 

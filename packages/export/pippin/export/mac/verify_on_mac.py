@@ -38,7 +38,9 @@ class Model(Protocol):
         ...
 
 
-Loader = Callable[[str, str], Model]  # function, compute unit -> model; no `type`, which older Pythons do not know
+Loader = Callable[
+    [str, str], Model
+]  # function, compute unit -> model; no `type`, which older Pythons do not know
 
 
 @dataclasses.dataclass(frozen=True)
