@@ -118,7 +118,7 @@ def latency_ms(
 def table(results: list[Result], golden: Mapping[str, np.ndarray], tolerance: float) -> str:
     """The results as lines."""
     prefill = next(given for name, given, _, _ in calls(golden) if name == PREFILL)["inputIds"].shape[1]
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             "compute unit",
             "max error",
