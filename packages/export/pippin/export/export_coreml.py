@@ -21,6 +21,7 @@ from pippin.export.output import Places, new_export, require_free, write_manifes
 from pippin.export.package import user_metadata, write_package
 from pippin.export.report import report_page
 from pippin.export.summary import summary_text
+from pippin.export.swift.swift_package import write_swift_package
 from pippin.layers.adapter import unrolled_maps
 from pippin.layers.named_models import find_model
 from pippin.v1 import export_pb2 as pb
@@ -85,6 +86,7 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
             write_package(places, lowered, user_metadata(exported, source.name), _one_line(source))
             write_tokenizer(source.tokenizer, places)
             _write_adapters(places, options.adapters, source, exported)
+            write_swift_package(places, exported)
             (places.folder / REPORT).write_text(report_page(source.name, exported))
             display.step("hash the files")
             write_manifest(places, exported)
