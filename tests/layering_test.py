@@ -41,6 +41,11 @@ ONLY_IMPORTER = {
 # Importing these takes 15 s: one file does, with its test.
 ONE_FILE = ["seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text"]
 
+# coremltools imports these wherever they are installed, unless it is imported by this file.
+COREMLTOOLS_FILE = "packages/export/pippin/export/coreml_tools.py"
+# Runs on a Mac, where nothing of pippin is.
+COREMLTOOLS_SCRIPT = "packages/export/pippin/export/mac/verify_on_mac.py"
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -165,6 +170,10 @@ def test_one_file_imports_seqio_and_tensorflow():
     importers = {s.path for s in sources() if any(s.uses(module) for module in ONE_FILE)}
     files = {path.with_stem(path.stem.removesuffix("_test")) for path in importers}
     assert len(files) <= 1, sorted(map(str, importers))
+
+
+def test_one_file_imports_coremltools():
+    assert {str(s.path) for s in sources() if s.uses("coremltools")} <= {COREMLTOOLS_FILE, COREMLTOOLS_SCRIPT}
 
 
 @pytest.mark.parametrize("package", DIRECTION)

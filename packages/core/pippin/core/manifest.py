@@ -38,27 +38,27 @@ class DamageError(CheckpointError):
         )
 
 
-def write_manifest(directory: Path, message: Message) -> None:
+def write_manifest(directory: Path, message: Message, name: str = FILE_NAME) -> None:
     """Writes a directory's manifest, durably."""
     text = f"{_KIND}{message.DESCRIPTOR.full_name}\n{text_format.MessageToString(message)}"
-    write_file(directory / FILE_NAME, f"{text}{_CHECKSUM}{_sha256(text.encode())}\n".encode())
+    write_file(directory / name, f"{text}{_CHECKSUM}{_sha256(text.encode())}\n".encode())
 
 
-def read_manifest[M: Message](directory: Path, kind: type[M]) -> M:
+def read_manifest[M: Message](directory: Path, kind: type[M], name: str = FILE_NAME) -> M:
     """The manifest of a directory.
 
     Raises:
         DamageError: it is absent, or not as it was written.
         CheckpointError: it is another kind of manifest.
     """
-    path = directory / FILE_NAME
+    path = directory / name
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise DamageError(directory, [f"{FILE_NAME}: is absent"]) from None
+        raise DamageError(directory, [f"{name}: is absent"]) from None
     body, mark, checksum = data.rpartition(_CHECKSUM.encode())
     if not mark or checksum != f"{_sha256(body)}\n".encode():
-        raise DamageError(directory, [f"{FILE_NAME}: does not match the checksum in its last line"])
+        raise DamageError(directory, [f"{name}: does not match the checksum in its last line"])
     text = body.decode()
     message = kind()
     header = _KIND + message.DESCRIPTOR.full_name

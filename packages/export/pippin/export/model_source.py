@@ -1,0 +1,146 @@
+"""The model that is exported: without stacks, each weight under a name of its own, compressed or not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pippin.core.bundle import Bundle
+from pippin.core.errors import ConfigError, DataError
+from pippin.core.module import flatten_params, unflatten_params
+from pippin.core.quantized_array import QuantizedArray
+from pippin.core.registry import component_name
+from pippin.core.stored_tensor import signature
+from pippin.core.tokenizer import load_tokenizer
+from pippin.export.compress.recipes import recipe
+from pippin.layers.causal_lm_config import CausalLMConfig
+from pippin.layers.model_files import open_model
+from pippin.layers.unrolled import unrolled
+from pippin.v1 import model_pb2
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """A model that was opened."""
+
+    name: str  # as people know it
+    cfg: CausalLMConfig  # without stacks
+    params: Mapping[str, np.ndarray | QuantizedArray]  # by the path of the parameter in it
+    signature: str  # of the weights as they were opened; see model.proto
+    recipe: str  # of their compression; "" where they are floats
+    tokenizer: Path | None
+    provenance: model_pb2.Provenance
+    bundle: Bundle
+
+
+def open_source(path: str | Path) -> ModelSource:
+    """The model at a path, in any form that `open_model` knows.
+
+    Raises:
+        ConfigError: it is no language model.
+        CheckpointError: there is no model, or it is damaged.
+    """
+    bundle = open_model(path)
+    cfg = bundle.component
+    if not isinstance(cfg, CausalLMConfig):
+        raise ConfigError(
+            f"{bundle.directory} holds a {component_name(type(cfg))}; only a CausalLM is exported. Give the directory of a "
+            "language model."
+        )
+    read = _Read(bundle)
+    if bundle.quantized:
+        compressed = frozenset(bundle.quantized)  # asking the mapping itself would read each
+        params = {
+            name: bundle.quantized[name] if name in compressed else read[name] for name in bundle.weights
+        }
+    else:
+        cfg, nested = unrolled(cfg, bundle.params())
+        params = flatten_params(nested)
+    directory = bundle.directory
+    return ModelSource(
+        name=directory.stem if directory.is_file() else directory.name,
+        cfg=cfg,
+        params=params,
+        signature=signature(read),
+        recipe=bundle.quantization_recipe,
+        tokenizer=bundle.tokenizer,
+        provenance=bundle.provenance,
+        bundle=bundle,
+    )
+
+
+def compressed(
+    source: ModelSource, recipe_name: str, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> ModelSource:
+    """The same model with its weights compressed, as `//packages/export:compress` does by a recipe.
+
+    Args:
+        source: a model of floats.
+        recipe_name: of the recipe.
+        progress: is told what is done, how far it is, and of how much.
+
+    Raises:
+        ConfigError: there is no such recipe, or the model is compressed already.
+        DataError: the recipe measures the model on text, and the model has no tokenizer.
+        QuantizationError: a weight cannot be compressed so.
+    """
+    # Importing them takes JAX.
+    from pippin.export.compress.compress import compress, needs_calibration
+    from pippin.export.compress.text import batches, calibration_text
+
+    cfg = recipe(recipe_name)
+    if source.recipe:
+        raise ConfigError(
+            f"{source.bundle.directory} is compressed already, by {source.recipe}. Export it without --recipe, or export "
+            "the model that it was made of."
+        )
+    text = []
+    if needs_calibration(cfg):
+        if source.tokenizer is None:
+            raise DataError(
+                f"{source.bundle.directory} has no tokenizer, and the recipe {recipe_name} measures the model on text. Use "
+                "a bundle with one, or a recipe that measures nothing: int8, int4_block32."
+            )
+        text = batches(cfg.calibration, calibration_text(), load_tokenizer(source.tokenizer))
+    result = compress(source.cfg, unflatten_params(source.params), cfg, text, progress)
+    params = flatten_params(result.params)
+    return dataclasses.replace(
+        source, params=params, signature=signature(_Floats(params)), recipe=recipe_name
+    )
+
+
+class _Floats(Mapping[str, Any]):
+    """Weights as the floats that they stand for, each made when it is asked for."""
+
+    def __init__(self, params: Mapping[str, np.ndarray | QuantizedArray]):
+        self._params = params
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        values = self._params[name]
+        return values if isinstance(values, np.ndarray) else values.dequantized()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+
+class _Read(Mapping[str, Any]):
+    """A bundle's weights as floats, each read when it is asked for: all together may be too many."""
+
+    def __init__(self, bundle: Bundle):
+        self._bundle = bundle
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._bundle.weights[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bundle.weights)
+
+    def __len__(self) -> int:
+        return len(self._bundle.weights)
