@@ -82,6 +82,10 @@ def verify_package(request: Request) -> Report:
         raise ConfigError(
             "with --adapter there is neither --record nor --perplexity, which are of the bare model. Leave them out."
         )
+    if request.record and request.mode != "both":
+        raise ConfigError(
+            "--record writes what float16 measured, and vectors of the exact mode. Leave --mode out, or make it both."
+        )
     modes = [mode for mode in Mode if request.mode in (mode.value, "both")]
     windows = -(-request.perplexity_tokens // 64)  # at most
     with_steps = len(modes) * (request.steps + 2)
@@ -124,7 +128,7 @@ def verify_package(request: Request) -> Report:
             checks += _perplexity_checks(parity, request.perplexity_tokens)
     report = Report(tuple(checks), parity, _text(places, checks, length, time.monotonic() - began))
     if request.record and report.passed:
-        record(places, exported, parity, comparisons[0].runner, source.name)
+        record(places, exported, parity, comparisons[-1].runner, source.name)
     return report
 
 

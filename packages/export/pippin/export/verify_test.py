@@ -172,6 +172,11 @@ def test_what_is_recorded_lies_in_the_manifest_and_is_read_back(copy):
         assert golden["logits_0"].shape == (96,) and golden["logits_0"].dtype == np.float16
 
 
+def test_both_modes_are_needed_to_record(export):
+    with pytest.raises(PippinError, match="Leave --mode out, or make it both"):
+        verify_package(request(export, mode="exact", record=True))
+
+
 def test_golden_vectors_are_the_same_each_time(export):
     program = load_program(export.places.package)
     arrays = []
