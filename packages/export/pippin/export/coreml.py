@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             prefill_length=args.prefill,
             adapter_rank=args.adapter_rank,
             adapters=tuple(args.adapter),
+            recipe=args.recipe,
+            perplexity_tokens=args.perplexity_tokens,
+            verify_steps=args.verify_steps,
         )
         summary = export_coreml(args.model, args.out, options)
     except PippinError as error:
@@ -54,6 +57,27 @@ def _parser() -> argparse.ArgumentParser:
         "Llama family, or the name of a fetched model",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="X.mlpackage", help="a new package")
+    parser.add_argument(
+        "--recipe",
+        default="",
+        metavar="NAME",
+        help="compresses the weights: one of the recipes that `bazel run //packages/export:compress -- --list` lists "
+        "(default: float16, or as the bundle is compressed)",
+    )
+    parser.add_argument(
+        "--perplexity-tokens",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="measures perplexity, before and after, on so many tokens; 0 for none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--verify-steps",
+        type=int,
+        default=8,
+        metavar="N",
+        help="runs the saved package beside the model for a prompt and N tokens; 0 for not at all (default: %(default)s)",
+    )
     parser.add_argument(
         "--context",
         type=int,

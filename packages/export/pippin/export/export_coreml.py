@@ -11,11 +11,13 @@ import numpy as np
 
 from pippin.core import manifest
 from pippin.core.adapter import load_adapter
+from pippin.core.bundle import load_bundle, save_bundle
 from pippin.core.module import unflatten_params
 from pippin.export.adapter_layout import packed_adapter
 from pippin.export.display import Display
 from pippin.export.lower import Lowered, Sizes, lower
-from pippin.export.model_source import ModelSource, open_source
+from pippin.export.lower_emitter import require_rules
+from pippin.export.model_source import ModelSource, compressed, open_source
 from pippin.export.output import Places, new_export, require_free, write_manifest, write_tokenizer
 from pippin.export.package import user_metadata, write_package
 from pippin.export.report import report_page
@@ -28,8 +30,7 @@ from pippin.v1 import export_pb2 as pb
 SUFFIX = ".mlpackage"
 ADAPTERS = "adapters"
 REPORT = "report.html"
-
-_STEPS = ("open the model", "write prefill", "write decode", "store the weights", "hash the files")
+COMPRESSED = "compressed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,14 @@ class Options(Sizes):
     """What to make of a model."""
 
     adapters: tuple[Path, ...] = ()  # directories of adapters that are written beside the package
+    recipe: str = ""  # that weights are compressed by; "": they are stored as they are
+    perplexity_tokens: int = 0  # of the text that perplexity is measured on; 0: it is not measured
+    verify_steps: int = 0  # tokens that the package and the model decode side by side; 0: they do not
+
+    @property
+    def num_steps(self) -> int:
+        """That a person sees go by."""
+        return 5 + sum(map(bool, (self.recipe, self.perplexity_tokens, self.verify_steps)))
 
 
 def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
@@ -45,7 +54,7 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
     Args:
         model: a path, or the name of a fetched model.
         out: where the package is to lie: X.mlpackage. What goes with it is written to the folder X.
-        options: sizes and adapters.
+        options: sizes, compression, adapters.
 
     Returns:
         What a person wants to know of it, as lines.
@@ -56,9 +65,14 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
     """
     began = time.monotonic()
     require_free(out, SUFFIX)
-    with Display("exporting", len(_STEPS)) as display:
-        display.step(_STEPS[0])
-        source = open_source(find_model(model))
+    with Display("exporting", options.num_steps) as display:
+        display.step("open the model")
+        opened = open_source(find_model(model))
+        require_rules(opened.cfg)
+        source = opened
+        if options.recipe:
+            display.step("compress")
+            source = compressed(opened, options.recipe, display.part)
         lowered = lower(
             source.cfg,
             source.params,
@@ -68,15 +82,57 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
         )
         exported = _described(source, lowered, options)
         with new_export(out, SUFFIX, sum(w.bytes for w in exported.weights)) as places:
-            display.step(_STEPS[3])
+            display.step("store the weights")
             write_package(places, lowered, user_metadata(exported, source.name), _one_line(source))
             write_tokenizer(source.tokenizer, places)
+            if options.recipe:
+                source = _kept(source, places)
             _write_adapters(places, options.adapters, source, exported)
             write_swift_package(places, exported)
+            _measure(opened, source, places, exported, options, display)
             (places.folder / REPORT).write_text(report_page(source.name, exported))
-            display.step(_STEPS[4])
+            display.step("hash the files")
             write_manifest(places, exported)
-    return summary_text(exported, Places.of(out), time.monotonic() - began)
+    model = Places.of(out).folder / COMPRESSED if options.recipe else model
+    return summary_text(exported, Places.of(out), str(model), time.monotonic() - began)
+
+
+def _kept(source: ModelSource, places: Places) -> ModelSource:
+    """The compressed model as a bundle beside the package: what adapters are trained on, and what verify reads."""
+    bundle = save_bundle(
+        places.folder / COMPRESSED,
+        source.cfg,
+        unflatten_params(source.params),
+        tokenizer=source.tokenizer,
+        provenance=source.provenance,
+        quantization_recipe=source.recipe,
+    )
+    return dataclasses.replace(source, bundle=load_bundle(bundle))
+
+
+def _measure(
+    opened: ModelSource,
+    source: ModelSource,
+    places: Places,
+    exported: pb.ExportManifest,
+    options: Options,
+    display: Display,
+) -> None:
+    """Adds to the manifest what was asked to be measured. Of a model without a tokenizer there is no perplexity."""
+    from pippin.export.measure import parity, perplexities  # it takes JAX
+
+    found = exported.parity
+    if options.perplexity_tokens and source.tokenizer is not None:
+        display.step("measure perplexity")
+        tokens = options.perplexity_tokens
+        found.perplexity_before, found.perplexity_after = perplexities(opened, source, tokens, display.part)
+        found.runtime = "pippin.layers"
+    if options.verify_steps:
+        display.step("verify")
+        comparison = parity(places.package, source.bundle, options.verify_steps, display.part)
+        found.max_logit_error = comparison.max_error
+        found.tokens_equal, found.decode_steps = comparison.tokens_equal, comparison.steps
+        found.runtime = "pippin.export.mil"
 
 
 def _described(source: ModelSource, lowered: Lowered, sizes: Sizes) -> pb.ExportManifest:

@@ -21,17 +21,18 @@ def measured_rows(exported: pb.ExportManifest) -> list[tuple[str, str]]:
     if not exported.HasField("parity"):
         return []
     parity = exported.parity
-    rows = [
-        ("largest error of a logit", f"{parity.max_logit_error:.2e}"),
-        ("greedy tokens that are equal", f"{parity.tokens_equal} of {parity.decode_steps}"),
-    ]
+    rows = []
+    if parity.decode_steps:
+        rows.append(("largest error of a logit", f"{parity.max_logit_error:.2e}"))
+        rows.append(("greedy tokens that are equal", f"{parity.tokens_equal} of {parity.decode_steps}"))
+    if parity.perplexity_before:
+        rows.append(("perplexity of the model as it was", f"{parity.perplexity_before:.3f}"))
     if parity.perplexity_after:
-        rows.append(("perplexity before", f"{parity.perplexity_before:.3f}"))
-        rows.append(("perplexity of the package", f"{parity.perplexity_after:.3f}"))
+        rows.append(("perplexity with the package's weights", f"{parity.perplexity_after:.3f}"))
     return rows
 
 
-def summary_text(exported: pb.ExportManifest, places: Places, seconds: float) -> str:
+def summary_text(exported: pb.ExportManifest, places: Places, model: str, seconds: float) -> str:
     """All of it, as lines."""
     package = sum(f.bytes for f in exported.files if f.path.startswith(f"{places.package.name}/"))
     lines = [*_aligned([HEADER, *cost_rows(exported)]), ""]
@@ -42,7 +43,11 @@ def summary_text(exported: pb.ExportManifest, places: Places, seconds: float) ->
         f"{package / 1e6:,.1f} MB, a context of {exported.context_length} tokens, {exported.prefill_length} of a prompt "
         f"at a time{room}; written in {seconds:.0f} s"
     )
-    lines += [f"{places.package}: {what}", f"{places.folder}: the manifest, the tokenizer and report.html"]
+    lines += [
+        f"{places.package}: {what}",
+        f"{places.folder}: the manifest, the tokenizer, report.html, and swift/ with sample code",
+        f"To check it whole: bazel run //packages/export:verify -- {places.package} --model {model}",
+    ]
     return "\n".join(lines)
 
 

@@ -1,0 +1,89 @@
+"""What an export comes to: perplexity with its weights, and its logits beside the model's. Import it late: it takes JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from pippin.core.bundle import Bundle
+from pippin.core.module import unflatten_params
+from pippin.core.tokenizer import load_tokenizer
+from pippin.export.compress.config import TextConfig
+from pippin.export.compress.evaluate import Evaluator
+from pippin.export.compress.text import batches, evaluation_text
+from pippin.export.jax_reference import JaxReference
+from pippin.export.mil.interpreter import Interpreter, Mode
+from pippin.export.mil.spec import load_program
+from pippin.export.model_source import ModelSource
+from pippin.export.package_runner import sizes
+from pippin.export.verification import Comparison, compare, prompt_ids
+
+
+def perplexities(
+    before: ModelSource,
+    after: ModelSource,
+    tokens: int,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> tuple[float, float]:
+    """The perplexity of a model as it was opened, and with the numbers that the export holds.
+
+    Where it was opened compressed, there is no first: it is 0.
+
+    Args:
+        before: the model, which has a tokenizer.
+        after: the same, compressed or not.
+        tokens: of text, at most.
+        progress: is told what is done, how far it is, and of how much.
+    """
+    assert before.tokenizer is not None
+    text = TextConfig(tokens=tokens, sequence_length=min(512, tokens))
+    evaluator = Evaluator(after.cfg, batches(text, evaluation_text(), load_tokenizer(before.tokenizer)))
+
+    def measured(what: str, source: ModelSource, *, stored: bool) -> float:
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            progress(f"perplexity {what}", done, len(evaluator))
+
+        params = {name: _numbers(values, stored) for name, values in source.params.items()}
+        return evaluator.perplexity(unflatten_params(params), advance)
+
+    first = 0.0 if before.recipe else measured("before", before, stored=False)
+    return first, measured("after", after, stored=True)
+
+
+def parity(
+    package: Path, model: Bundle, steps: int, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> Comparison:
+    """A saved package beside its model: a prompt in two parts, and greedy decoding, in the package's own float16.
+
+    Args:
+        package: which is run by an interpreter that knows nothing of how it was written.
+        model: whose weights it has.
+        steps: to decode, fewer where the caches are small.
+        progress: is told what is done, how far it is, and of how much.
+    """
+    interpreter = Interpreter(load_program(package), Mode.FLOAT16)
+    size = sizes(interpreter.program)
+    steps = min(steps, size.context // 2)
+    length = min(size.prefill * 3 // 2, size.context - steps)
+    prompt = prompt_ids(model, evaluation_text(), length)
+    done = 0
+
+    def advance(what: str) -> None:
+        nonlocal done
+        done += 1
+        progress("verify", done, steps + 2)
+
+    reference = JaxReference(model, length + steps, as_float16=True)
+    return compare(interpreter, reference, prompt, steps, advance)
+
+
+def _numbers(values: object, stored: bool) -> np.ndarray:
+    if isinstance(values, np.ndarray):
+        return values.astype(np.float16) if stored else values
+    return values.dequantized()  # type: ignore[attr-defined]
