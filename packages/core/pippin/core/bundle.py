@@ -1,7 +1,8 @@
 """Model bundles: a directory that has all that a model is, for serving and export. No JAX.
 
     manifest.textproto     the config tree, the weights index, and the SHA-256 of each tensor and file
-    model.safetensors      the weights; model-00001-of-00003.safetensors and so on where they are many
+    model.safetensors      the weights; model-00001-of-00003.safetensors and so on where they are many; of a compressed
+                           weight, the integers and what they stand for
     tokenizer/             its files
 
 `open_model` reads a training run's checkpoints in the same way.
@@ -22,7 +23,15 @@ from pippin.core.component import from_proto, from_text, to_proto
 from pippin.core.config import Config
 from pippin.core.errors import CheckpointError
 from pippin.core.manifest import DamageError
+from pippin.core.quantized_array import Palettized, Scaled
 from pippin.core.stored_array import StoredArray
+from pippin.core.stored_quantized import (
+    QuantizedArrays,
+    describe_quantized,
+    part_names,
+    stored_parts,
+    stored_quantized,
+)
 from pippin.core.stored_tensor import StoredTensor, stored_tensor, write_tensors
 from pippin.v1 import model_pb2 as pb
 
@@ -36,13 +45,18 @@ Params = dict[str, Any]  # name -> Params or array
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """A model on disk. Its small files were checked; a tensor is checked when it is read."""
+    """A model on disk. Its small files were checked; a tensor is checked when it is read.
+
+    A compressed weight is in `weights` as the floats that it stands for, and in `quantized` as it is stored.
+    """
 
     directory: Path
     component: Config
     weights: Mapping[str, StoredTensor]  # dotted path of a parameter -> tensor
     tokenizer: Path | None  # the folder
     provenance: pb.Provenance
+    quantized: QuantizedArrays = dataclasses.field(default_factory=QuantizedArrays)  # path -> QuantizedArray
+    quantization_recipe: str = ""  # that they are of
 
     def params(self) -> Params:
         """All weights as a nested dict of arrays, read now.
@@ -67,6 +81,7 @@ def save_bundle(
     *,
     tokenizer: str | Path | None = None,
     provenance: pb.Provenance | None = None,
+    quantization_recipe: str = "",
     max_file_bytes: int = 4 << 30,
 ) -> Path:
     """Writes a bundle, whole or not at all.
@@ -74,9 +89,10 @@ def save_bundle(
     Args:
         directory: where it is to lie; there is nothing there yet.
         component: the config tree of the model.
-        params: a nested dict of arrays, JAX's or NumPy's, each whole on this process's devices.
+        params: a nested dict of arrays, JAX's or NumPy's, each whole on this process's devices, and of compressed ones.
         tokenizer: the folder of the tokenizer's files, which are copied.
         provenance: where the weights came from; see `pippin.core.manifest.provenance`.
+        quantization_recipe: the name of the recipe that weights were compressed by.
         max_file_bytes: weights beyond this go to another file. A file's weights are in
             memory at one time.
 
@@ -90,7 +106,17 @@ def save_bundle(
     with manifest.new_directory(directory, "bundle") as temporary:
         message = pb.ModelManifest(component=to_proto(component))
         message.provenance.CopyFrom(provenance or manifest.provenance())
-        message.weights.extend(write_tensors(temporary, "model", _flatten(params), max_file_bytes))
+        arrays: dict[str, Any] = {}
+        for name, array in _flatten(params).items():
+            if isinstance(array, Palettized | Scaled):
+                message.quantization.recipe = quantization_recipe
+                message.quantization.weights.append(describe_quantized(name, array))
+                arrays |= stored_parts(name, array)
+            else:
+                arrays[name] = array
+        message.weights.extend(
+            write_tensors(temporary, "model", dict(sorted(arrays.items())), max_file_bytes)
+        )
         files = sorted({weight.file for weight in message.weights})
         message.files.extend(manifest.describe_file(temporary, temporary / name) for name in files)
         if tokenizer is not None:
@@ -108,24 +134,27 @@ def load_bundle(directory: str | Path) -> Bundle:
     """
     directory = Path(directory).absolute()
     message = manifest.read_manifest(directory, pb.ModelManifest)
-    for feature, there in (
-        ("quantized weights", message.HasField("quantization")),
-        ("adapters", message.adapters),
-    ):
-        if there:
-            raise CheckpointError(
-                f"{directory} has {feature}, which this pippin cannot read. Upgrade pippin-core."
-            )
+    if message.adapters:
+        raise CheckpointError(
+            f"{directory} has adapters, which this pippin cannot read. Upgrade pippin-core."
+        )
     problems = [p for f in message.files if (p := manifest.size_problem(directory, f.path, f.bytes))]
     problems += manifest.file_problems(directory, message.tokenizer.files)
     if problems:
         raise DamageError(directory, problems)
+    tensors = {w.name: stored_tensor(directory, w) for w in message.weights}
+    compressed = stored_quantized(directory, message.quantization, tensors)
+    parts = part_names(compressed)
+    weights = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    weights |= {name: stored.dequantized() for name, stored in compressed.items()}
     return Bundle(
         directory=directory,
         component=from_proto(message.component),
-        weights={w.name: stored_tensor(directory, w) for w in message.weights},
+        weights=dict(sorted(weights.items())),
         tokenizer=directory / TOKENIZER_FOLDER if message.tokenizer.files else None,
         provenance=message.provenance,
+        quantized=QuantizedArrays(compressed),
+        quantization_recipe=message.quantization.recipe,
     )
 
 

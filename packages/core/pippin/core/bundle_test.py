@@ -156,14 +156,10 @@ def test_a_path_that_leaves_the_bundle_is_refused(tmp_path, name):
         load_bundle(directory)
 
 
-@pytest.mark.parametrize("feature", ["quantization", "adapters"])
-def test_what_cannot_be_read_yet_is_refused(tmp_path, feature):
+def test_what_cannot_be_read_yet_is_refused(tmp_path):
     directory = save_bundle(tmp_path / "bundle", COMPONENT, make_params())
     message = manifest.read_manifest(directory, pb.ModelManifest)
-    if feature == "adapters":
-        message.adapters.add(name="a")
-    else:
-        message.quantization.SetInParent()
+    message.adapters.add(name="a")
     manifest.write_manifest(directory, message)
     with pytest.raises(CheckpointError, match="which this pippin cannot read"):
         load_bundle(directory)

@@ -17,5 +17,9 @@ class CheckpointError(PippinError):
     """A checkpoint or bundle that is damaged, incomplete, or of another model."""
 
 
+class QuantizationError(PippinError):
+    """Weights that cannot be compressed so, or compressed weights that make no sense."""
+
+
 class DataError(PippinError):
     """Input text that cannot be read or used."""
