@@ -19,6 +19,7 @@ _logger.setLevel(logging.ERROR)
 try:
     import coremltools as ct
     from coremltools.converters.mil import Builder, mil
+    from coremltools.converters.mil.backend.mil.load import load as load_program
     from coremltools.converters.mil.mil import types
     from coremltools.converters.mil.mil.types.type_mapping import nptype_from_builtin, string_to_builtin
     from coremltools.proto import MIL_pb2, Model_pb2
@@ -33,6 +34,7 @@ __all__ = [
     "MIL_pb2",
     "Model_pb2",
     "ct",
+    "load_program",
     "mil",
     "nptype_from_builtin",
     "string_to_builtin",

@@ -1,0 +1,115 @@
+"""Where an export is written: a package, and beside it a folder with all that goes with it. Both whole, or neither."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from pippin.core import manifest
+from pippin.core.errors import CheckpointError
+from pippin.core.tokenizer import copy_tokenizer
+from pippin.v1 import export_pb2 as pb
+
+MANIFEST = "export_manifest.textproto"
+TOKENIZER = "tokenizer"
+
+_SPARE_BYTES = 16 << 20  # of the small files
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where the parts of an export X.mlpackage lie, or are written meanwhile."""
+
+    package: Path  # X.mlpackage
+    folder: Path  # X
+
+    @classmethod
+    def of(cls, package: str | Path) -> Places:
+        """The places of a package that has a suffix."""
+        path = Path(package).absolute()
+        return cls(path, path.with_suffix(""))
+
+
+@contextlib.contextmanager
+def new_export(package: str | Path, suffix: str, num_bytes: int) -> Iterator[Places]:
+    """Temporary places to write an export to, which become the real ones when the block ends.
+
+    Args:
+        package: where it is to lie.
+        suffix: that packages of its kind have.
+        num_bytes: of the package, about.
+
+    Raises:
+        CheckpointError: the name has another suffix, something is there already, or the disk has no room.
+    """
+    final = Places.of(package)
+    if final.package.suffix != suffix:
+        raise CheckpointError(
+            f"{package} does not end in {suffix}, by which Apple's tools know what it is. Call it "
+            f"{Path(package).name}{suffix}."
+        )
+    if final.package.exists():
+        raise CheckpointError(f"{final.package} is there already. Remove it, or export to another name.")
+    _require_room(final.package, num_bytes + _SPARE_BYTES)
+    try:
+        with manifest.new_directory(final.folder, "export", RuntimeError) as temporary:
+            inside = Places(temporary / final.package.name, temporary / final.folder.name)
+            inside.folder.mkdir()
+            yield inside
+            _same_modes(temporary)
+            inside.package.rename(final.package)
+            for path in sorted(inside.folder.iterdir()):
+                path.rename(temporary / path.name)
+            inside.folder.rmdir()
+    except BaseException:
+        # The folder is published last: without it, there is no export.
+        if not final.folder.exists() and final.package.exists():
+            shutil.rmtree(final.package)
+        raise
+
+
+def write_tokenizer(source: Path | None, places: Places) -> None:
+    """Copies a tokenizer's files, where there are any, into an export's folder."""
+    if source is not None:
+        copy_tokenizer(source, places.folder / TOKENIZER)
+
+
+def write_manifest(places: Places, message: pb.ExportManifest) -> None:
+    """Writes the manifest of an export, with the SHA-256 of all its files. They have been written."""
+    root = places.package.parent
+    files = (p for place in (places.package, places.folder) for p in place.rglob("*") if p.is_file())
+    message.files.extend(manifest.describe_file(root, path) for path in sorted(files))
+    manifest.write_manifest(places.folder, message, MANIFEST)
+
+
+def read_manifest(places: Places) -> pb.ExportManifest:
+    """The manifest of an export, whose files are as they were written.
+
+    Raises:
+        DamageError: a file is absent, or not as it was written.
+        CheckpointError: the manifest is of another kind.
+    """
+    message = manifest.read_manifest(places.folder, pb.ExportManifest, MANIFEST)
+    if problems := manifest.file_problems(places.package.parent, message.files):
+        raise manifest.DamageError(places.package, problems)
+    return message
+
+
+def _require_room(path: Path, num_bytes: int) -> None:
+    there = next(parent for parent in path.parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < num_bytes:
+        raise CheckpointError(
+            f"{path} takes about {num_bytes / 1e6:,.0f} MB; the disk has {free / 1e6:,.0f} MB left. Make room, or export "
+            "to another disk."
+        )
+
+
+def _same_modes(folder: Path) -> None:
+    """Every file and folder with the usual rights, whoever writes it."""
+    for path in folder.rglob("*"):
+        os.chmod(path, 0o755 if path.is_dir() else 0o644)
