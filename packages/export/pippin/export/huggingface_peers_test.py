@@ -46,12 +46,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_are_ours(name: str, exported: Path) -> None:
     definition, _ = split(nnx.eval_shape(lambda: CONFIGS[name].build(rngs=nnx.Rngs(0))))
-    run = jax.jit(lambda params: merge(definition, params)(_TOKENS))
+    run = jax.jit(lambda params, tokens: merge(definition, params)(tokens))
     for dtype in ("float32", "float16"):
         params = jax.tree.map(
             lambda a: a.astype(np.float32), load_huggingface(exported / f"{name}-{dtype}").params
         )
-        ours, theirs = np.asarray(run(params)), np.load(exported / f"{name}-{dtype}.npy")
+        ours, theirs = np.asarray(run(params, _TOKENS)), np.load(exported / f"{name}-{dtype}.npy")
         print(f"{name} {dtype}: logits differ by {np.abs(ours - theirs).max():.1e} of {np.abs(ours).max():.0f}")
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=_TOLERANCE)
 
