@@ -79,7 +79,8 @@ def packed_adapter(adapter: Adapter, maps: Mapping[str, LowRank], layout: pb.Ada
             slot = slots[f"{path}.{end}"]
             room = flat[slot.offset : slot.offset + slot.shape[0] * slot.shape[1]].reshape(tuple(slot.shape))
             _require_fit(adapter, f"{path}.{end}", values.shape, tuple(slot.shape), 1 if end == "down" else 0)
-            room[: values.shape[0], : values.shape[1]] = values
+            with np.errstate(over="ignore"):  # infinities are looked for below
+                room[: values.shape[0], : values.shape[1]] = values
     if not np.isfinite(flat).all():
         raise CheckpointError(
             f"the adapter {adapter.directory} has numbers beyond {np.finfo(np.float16).max}, the largest of float16. "

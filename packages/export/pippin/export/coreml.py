@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             prefill_length=args.prefill,
             adapter_rank=args.adapter_rank,
             adapters=tuple(args.adapter),
+            recipe=args.recipe,
+            perplexity_tokens=args.perplexity_tokens,
         )
         summary = export_coreml(args.model, args.out, options)
     except PippinError as error:
@@ -54,6 +56,20 @@ def _parser() -> argparse.ArgumentParser:
         "Llama family, or the name of a fetched model",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="X.mlpackage", help="a new package")
+    parser.add_argument(
+        "--recipe",
+        default="",
+        metavar="NAME",
+        help="compresses the weights: one of the recipes that `bazel run //packages/export:compress -- --list` lists "
+        "(default: float16, or as the bundle is compressed)",
+    )
+    parser.add_argument(
+        "--perplexity-tokens",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="measures perplexity, before and after, on so many tokens; 0 for none (default: %(default)s)",
+    )
     parser.add_argument(
         "--context",
         type=int,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class Display:
@@ -31,6 +34,7 @@ class Display:
         )
         self._task = self._bar.add_task("", total=num_steps)
         self._begun = 0
+        self._last_line = time.monotonic()
 
     def __enter__(self) -> Display:  # noqa: PYI034  the checks of annotations in tests refuse Self
         self._bar.start()
@@ -49,3 +53,11 @@ class Display:
         self._begun += 1
         if not self._interactive:
             self._console.print(what, markup=False, highlight=False, soft_wrap=True)
+
+    def part(self, what: str, done: int, total: int) -> None:
+        """How far a part of the step is."""
+        self._bar.update(self._task, description=f"{what} {done}/{total}")
+        now = time.monotonic()
+        if not self._interactive and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._console.print(f"{what}: {done}/{total}", markup=False, highlight=False, soft_wrap=True)

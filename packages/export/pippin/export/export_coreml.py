@@ -15,11 +15,13 @@ from pippin.core.module import unflatten_params
 from pippin.export.adapter_layout import packed_adapter
 from pippin.export.display import Display
 from pippin.export.lower import Lowered, Sizes, lower
-from pippin.export.model_source import ModelSource, open_source
-from pippin.export.output import Places, new_export, write_manifest, write_tokenizer
+from pippin.export.lower_emitter import require_rules
+from pippin.export.model_source import ModelSource, compressed, open_source
+from pippin.export.output import Places, new_export, require_free, write_manifest, write_tokenizer
 from pippin.export.package import user_metadata, write_package
 from pippin.export.report import report_page
 from pippin.export.summary import summary_text
+from pippin.export.swift.swift_package import write_swift_package
 from pippin.layers.adapter import unrolled_maps
 from pippin.layers.named_models import find_model
 from pippin.v1 import export_pb2 as pb
@@ -28,14 +30,19 @@ SUFFIX = ".mlpackage"
 ADAPTERS = "adapters"
 REPORT = "report.html"
 
-_STEPS = ("open the model", "write prefill", "write decode", "store the weights", "hash the files")
-
 
 @dataclasses.dataclass(frozen=True)
 class Options(Sizes):
     """What to make of a model."""
 
     adapters: tuple[Path, ...] = ()  # directories of adapters that are written beside the package
+    recipe: str = ""  # that weights are compressed by; "": they are stored as they are
+    perplexity_tokens: int = 0  # of the text that perplexity is measured on; 0: it is not measured
+
+    @property
+    def num_steps(self) -> int:
+        """That a person sees go by."""
+        return 5 + bool(self.recipe) + bool(self.perplexity_tokens)
 
 
 def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
@@ -44,7 +51,7 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
     Args:
         model: a path, or the name of a fetched model.
         out: where the package is to lie: X.mlpackage. What goes with it is written to the folder X.
-        options: sizes and adapters.
+        options: sizes, compression, adapters.
 
     Returns:
         What a person wants to know of it, as lines.
@@ -54,9 +61,15 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
         CheckpointError: there is no model, an adapter fits another one, or the package cannot be written.
     """
     began = time.monotonic()
-    with Display("exporting", len(_STEPS)) as display:
-        display.step(_STEPS[0])
-        source = open_source(find_model(model))
+    require_free(out, SUFFIX)
+    with Display("exporting", options.num_steps) as display:
+        display.step("open the model")
+        opened = open_source(find_model(model))
+        require_rules(opened.cfg)
+        source = opened
+        if options.recipe:
+            display.step("compress")
+            source = compressed(opened, options.recipe, display.part)
         lowered = lower(
             source.cfg,
             source.params,
@@ -65,15 +78,26 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
             progress=lambda name: display.step(f"write {name}"),
         )
         exported = _described(source, lowered, options)
+        if options.perplexity_tokens and source.tokenizer is not None:
+            display.step("measure perplexity")
+            exported.parity.CopyFrom(_measured(opened, source, options.perplexity_tokens, display))
         with new_export(out, SUFFIX, sum(w.bytes for w in exported.weights)) as places:
-            display.step(_STEPS[3])
+            display.step("store the weights")
             write_package(places, lowered, user_metadata(exported, source.name), _one_line(source))
             write_tokenizer(source.tokenizer, places)
             _write_adapters(places, options.adapters, source, exported)
+            write_swift_package(places, exported)
             (places.folder / REPORT).write_text(report_page(source.name, exported))
-            display.step(_STEPS[4])
+            display.step("hash the files")
             write_manifest(places, exported)
     return summary_text(exported, Places.of(out), time.monotonic() - began)
+
+
+def _measured(before: ModelSource, after: ModelSource, tokens: int, display: Display) -> pb.ExportParity:
+    from pippin.export.measure import perplexities  # it takes JAX
+
+    first, second = perplexities(before, after, tokens, display.part)
+    return pb.ExportParity(perplexity_before=first, perplexity_after=second, runtime="pippin.layers")
 
 
 def _described(source: ModelSource, lowered: Lowered, sizes: Sizes) -> pb.ExportManifest:

@@ -15,6 +15,8 @@ from pippin.core.registry import component_name
 from pippin.export.coreml_tools import Builder as mb
 from pippin.export.lower_weights import Blocks, Dense, Table, Weights
 
+_UNSEEN = -30_000.0  # added to a logit: its weight is 0, and the sum a number of float16
+
 Var = Any  # a value of the program: coremltools' Var
 
 _RULES: dict[type[Config], Callable[..., Any]] = {}  # config class -> what writes its component
@@ -84,6 +86,7 @@ class Emitter:
         self._made: dict[str, Any] = {}
         self._new_caches: tuple[list[Var], list[Var]] = ([], [])
         self._old_caches = tuple(mb.read_state(input=inputs[name]) for name in ("keyCache", "valueCache"))
+        self._last_sum: tuple[Var, Var, Var] | None = None  # a sum, and its two terms
         self.key_values: tuple[Var, Var] | None = None  # of the last layer that made some
 
     def emit(self, cfg: Config, path: str, *args: Any) -> Any:
@@ -158,15 +161,30 @@ class Emitter:
         queries = mb.reshape(x=self.positions, shape=[1, 1, self.tokens, 1])
         return mb.sub(x=queries, y=mb.reshape(x=self.slots, shape=[1, 1, 1, self.context]))
 
+    def residual(self, x: Var, added: Var) -> Var:
+        """`x + added`. What float16 cuts off of it is added to the next sum of which it is the first term.
+
+        Dozens of layers would otherwise each lose half a unit of the last place.
+
+        Source: Kahan 1965, Communications of the ACM 8(1), page 40.
+        """
+        if self._last_sum is not None and self._last_sum[0] is x:
+            total, before, last = self._last_sum
+            lost = mb.sub(x=last, y=mb.sub(x=total, y=before))
+            added = mb.add(x=added, y=lost)
+        self._last_sum = (mb.add(x=x, y=added), x, added)
+        return self._last_sum[0]
+
     def mask(self, window: int | None) -> Var:
-        """What is added to the logits of attention: float16 [1, 1, T, S], 0 or -inf."""
-        given = self._inputs["causalMask"]
+        """What is added to the logits of attention: float16 [1, 1, T, S]."""
+        # Not -inf: a row of padding may see no key, and its NaN would reach the caches.
+        given = self.once("mask", lambda: mb.maximum(x=self._inputs["causalMask"], y=np.float16(_UNSEEN)))
         if window is None or window >= self.context:
             return given
 
         def narrowed() -> Var:
             near = mb.less(x=self.distance, y=np.int32(window))
-            return mb.select(cond=near, a=given, b=np.float16(-np.inf))
+            return mb.select(cond=near, a=given, b=np.float16(_UNSEEN))
 
         return self.once(f"mask_{window}", narrowed)
 

@@ -32,11 +32,11 @@ def _feed_forward(e: Emitter, cfg: FeedForwardConfig, path: str, x: Var) -> Var:
 @rule(TransformerLayerConfig)
 def _transformer_layer(e: Emitter, cfg: TransformerLayerConfig, path: str, x: Var) -> Var:
     attended = e.emit(cfg.attention, f"{path}.attention", e.emit(cfg.norm, f"{path}.attention_norm", x))
-    x = mb.add(x=x, y=attended)
+    x = e.residual(x, attended)
     hidden = e.emit(
         cfg.feed_forward, f"{path}.feed_forward", e.emit(cfg.norm, f"{path}.feed_forward_norm", x)
     )
-    return mb.add(x=x, y=hidden)
+    return e.residual(x, hidden)
 
 
 # The other stacks are sequences by the time that a model is written: see pippin.layers.unrolled.

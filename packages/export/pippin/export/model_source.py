@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pippin.core.bundle import Bundle
-from pippin.core.errors import ConfigError
-from pippin.core.module import flatten_params
+from pippin.core.errors import ConfigError, DataError
+from pippin.core.module import flatten_params, unflatten_params
 from pippin.core.quantized_array import QuantizedArray
 from pippin.core.registry import component_name
 from pippin.core.stored_tensor import signature
+from pippin.core.tokenizer import load_tokenizer
+from pippin.export.compress.recipes import recipe
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.model_files import open_model
 from pippin.layers.unrolled import unrolled
@@ -69,6 +71,63 @@ def open_source(path: str | Path) -> ModelSource:
         provenance=bundle.provenance,
         bundle=bundle,
     )
+
+
+def compressed(
+    source: ModelSource, recipe_name: str, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> ModelSource:
+    """The same model with its weights compressed, as `//packages/export:compress` does by a recipe.
+
+    Args:
+        source: a model of floats.
+        recipe_name: of the recipe.
+        progress: is told what is done, how far it is, and of how much.
+
+    Raises:
+        ConfigError: there is no such recipe, or the model is compressed already.
+        DataError: the recipe measures the model on text, and the model has no tokenizer.
+        QuantizationError: a weight cannot be compressed so.
+    """
+    # Importing them takes JAX.
+    from pippin.export.compress.compress import compress, needs_calibration
+    from pippin.export.compress.text import batches, calibration_text
+
+    cfg = recipe(recipe_name)
+    if source.recipe:
+        raise ConfigError(
+            f"{source.bundle.directory} is compressed already, by {source.recipe}. Export it without --recipe, or export "
+            "the model that it was made of."
+        )
+    text = []
+    if needs_calibration(cfg):
+        if source.tokenizer is None:
+            raise DataError(
+                f"{source.bundle.directory} has no tokenizer, and the recipe {recipe_name} measures the model on text. Use "
+                "a bundle with one, or a recipe that measures nothing: int8, int4_block32."
+            )
+        text = batches(cfg.calibration, calibration_text(), load_tokenizer(source.tokenizer))
+    result = compress(source.cfg, unflatten_params(source.params), cfg, text, progress)
+    params = flatten_params(result.params)
+    return dataclasses.replace(
+        source, params=params, signature=signature(_Floats(params)), recipe=recipe_name
+    )
+
+
+class _Floats(Mapping[str, Any]):
+    """Weights as the floats that they stand for, each made when it is asked for."""
+
+    def __init__(self, params: Mapping[str, np.ndarray | QuantizedArray]):
+        self._params = params
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        values = self._params[name]
+        return values if isinstance(values, np.ndarray) else values.dequantized()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
 
 
 class _Read(Mapping[str, Any]):

@@ -34,6 +34,27 @@ class Places:
         return cls(path, path.with_suffix(""))
 
 
+def require_free(package: str | Path, suffix: str) -> Places:
+    """The places of an export that is to be written.
+
+    Raises:
+        CheckpointError: the name has another suffix, or something is there already.
+    """
+    places = Places.of(package)
+    if places.package.suffix != suffix:
+        raise CheckpointError(
+            f"{package} does not end in {suffix}, by which Apple's tools know what it is. Call it "
+            f"{Path(package).name}{suffix}."
+        )
+    for path in (places.package, places.folder):
+        if path.exists():
+            raise CheckpointError(
+                f"{path} is there already. Remove it, or export to another name: a package and the folder beside it, "
+                "which has the same name, are written together."
+            )
+    return places
+
+
 @contextlib.contextmanager
 def new_export(package: str | Path, suffix: str, num_bytes: int) -> Iterator[Places]:
     """Temporary places to write an export to, which become the real ones when the block ends.
@@ -46,14 +67,7 @@ def new_export(package: str | Path, suffix: str, num_bytes: int) -> Iterator[Pla
     Raises:
         CheckpointError: the name has another suffix, something is there already, or the disk has no room.
     """
-    final = Places.of(package)
-    if final.package.suffix != suffix:
-        raise CheckpointError(
-            f"{package} does not end in {suffix}, by which Apple's tools know what it is. Call it "
-            f"{Path(package).name}{suffix}."
-        )
-    if final.package.exists():
-        raise CheckpointError(f"{final.package} is there already. Remove it, or export to another name.")
+    final = require_free(package, suffix)
     _require_room(final.package, num_bytes + _SPARE_BYTES)
     try:
         with manifest.new_directory(final.folder, "export", RuntimeError) as temporary:

@@ -21,13 +21,14 @@ def measured_rows(exported: pb.ExportManifest) -> list[tuple[str, str]]:
     if not exported.HasField("parity"):
         return []
     parity = exported.parity
-    rows = [
-        ("largest error of a logit", f"{parity.max_logit_error:.2e}"),
-        ("greedy tokens that are equal", f"{parity.tokens_equal} of {parity.decode_steps}"),
-    ]
+    rows = []
+    if parity.decode_steps:
+        rows.append(("largest error of a logit", f"{parity.max_logit_error:.2e}"))
+        rows.append(("greedy tokens that are equal", f"{parity.tokens_equal} of {parity.decode_steps}"))
+    if parity.perplexity_before:
+        rows.append(("perplexity of the model as it was", f"{parity.perplexity_before:.3f}"))
     if parity.perplexity_after:
-        rows.append(("perplexity before", f"{parity.perplexity_before:.3f}"))
-        rows.append(("perplexity of the package", f"{parity.perplexity_after:.3f}"))
+        rows.append(("perplexity with the package's weights", f"{parity.perplexity_after:.3f}"))
     return rows
 
 

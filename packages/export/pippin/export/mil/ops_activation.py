@@ -111,5 +111,5 @@ def _like(parameter: Tensor, x: Tensor) -> np.ndarray:
     return parameter.values.astype(x.values.dtype)
 
 
-def _epsilon(epsilon: Tensor | None, x: Tensor, default: float) -> np.generic:
-    return x.values.dtype.type(default if epsilon is None else epsilon.item())
+def _epsilon(epsilon: Tensor | None, x: Tensor, default: float) -> np.ndarray:
+    return np.asarray(default if epsilon is None else epsilon.item(), x.values.dtype)

@@ -1,0 +1,1 @@
+"""Compression of weights: configs in `config`, recipes in `recipes`, the whole of it in `compress`."""

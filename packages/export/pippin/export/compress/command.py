@@ -1,0 +1,234 @@
+"""The command `bazel run //packages/export:compress`, and `pippin-compress`: a model with its weights compressed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pippin.core.config_tree import override
+from pippin.core.errors import CheckpointError, ConfigError, PippinError
+from pippin.export.compress.config import MixedPaletteConfig, RecipeConfig
+from pippin.export.compress.recipes import RECIPES, recipe
+
+if TYPE_CHECKING:  # importing JAX takes seconds, which --help and --list need not
+    from pippin.core.bundle import Bundle
+    from pippin.export.compress.compress import Compressed, CompressedWeight
+    from pippin.export.compress.progress import Bars
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    args = _parser().parse_args(argv)
+    # `bazel run` starts programs elsewhere; paths are relative to where the user typed.
+    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
+    if args.list:
+        print(_listing())
+        return 0
+    try:
+        absent = [name for name in ("model", "recipe", "out") if getattr(args, name) is None]
+        if absent:
+            raise ConfigError(
+                f"--{absent[0]} is not given. A model, a recipe and a place for the result are needed."
+            )
+        print(_run(args))
+    except PippinError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="compress", description="Writes a bundle of a model with its weights compressed."
+    )
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a training run, one of its steps, a bundle, a Hugging Face folder, a GGUF file, or a model's name",
+    )
+    parser.add_argument("--recipe", metavar="NAME", help="how to compress; --list tells which there are")
+    parser.add_argument("--out", type=Path, metavar="BUNDLE", help="a new folder")
+    parser.add_argument("--bits-per-weight", type=float, metavar="BITS", help="the average of a mixed recipe")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="text to measure the model on (default: half of Python's documentation)",
+    )
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        metavar="FILE",
+        help="text to tell the perplexity of (default: the other half)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="change a field of the recipe, such as linear.group_size=32; repeatable",
+    )
+    parser.add_argument("--no-evaluation", action="store_true", help="measure no perplexity")
+    parser.add_argument("--list", action="store_true", help="list the recipes")
+    return parser
+
+
+def _listing() -> str:
+    lines = []
+    for name, cfg in RECIPES.items():
+        parts = {part: getattr(cfg, part) for part in ("linear", "embedding")}
+        shown = ", ".join(
+            f"{part} {type(p).__name__.removesuffix('Config')}{_fields(p)}" for part, p in parts.items()
+        )
+        lines.append(f"{name:16}{shown}")
+    return "\n".join(lines)
+
+
+def _fields(cfg: Any) -> str:
+    fields = [
+        f.name
+        for f in dataclasses.fields(cfg)
+        if f.name in ("bits", "bits_per_weight", "choices", "block_size")
+    ]
+    shown = [f"{name}={getattr(cfg, name)}" for name in fields if getattr(cfg, name) is not None]
+    return f"({', '.join(shown)})"
+
+
+def _configured(args: argparse.Namespace) -> RecipeConfig:
+    """The recipe that was asked for, with what was changed of it."""
+    changes: dict[str, Any] = {}
+    for text in args.set:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text!r} has no '='. Write PATH=VALUE, such as linear.group_size=32.")
+        changes[path] = value
+    for part in ("calibration", "evaluation"):
+        if getattr(args, part) is not None:
+            changes[f"{part}.file"] = str(getattr(args, part))
+    cfg = recipe(args.recipe)
+    if args.bits_per_weight is not None:
+        if not isinstance(cfg.linear, MixedPaletteConfig):
+            mixed = [name for name, other in RECIPES.items() if isinstance(other.linear, MixedPaletteConfig)]
+            raise ConfigError(
+                f"--bits-per-weight is for recipes that allocate bits, and {args.recipe} does not. Use {' or '.join(mixed)}."
+            )
+        changes["linear.bits_per_weight"] = args.bits_per_weight
+    return override(cfg, changes)
+
+
+def _run(args: argparse.Namespace) -> str:
+    """Compresses a model and writes it; returns what to tell of it."""
+    started = time.monotonic()
+    cfg = _configured(args)
+    if args.out.exists():
+        raise CheckpointError(
+            f"{args.out} is there already. Remove it, or write the bundle to another folder."
+        )
+
+    from pippin.core.bundle import save_bundle
+    from pippin.core.manifest import provenance
+    from pippin.export.compress.compress import compress, needs_calibration
+    from pippin.export.compress.progress import Bars
+    from pippin.export.compress.text import batches, calibration_text
+    from pippin.layers.named_models import find_model
+
+    model = _opened(find_model(args.model))
+    tokenizer = _tokenizer(model, needed=needs_calibration(cfg))
+    params = model.params()
+    with Bars() as bars:
+        text = batches(cfg.calibration, calibration_text(), tokenizer) if needs_calibration(cfg) else []
+        result = compress(model.component, params, cfg, text, bars)  # type: ignore[arg-type]
+        seconds = time.monotonic() - started
+        measured = "perplexity: not measured"
+        if not args.no_evaluation and tokenizer is not None:
+            measured = _perplexities(cfg, model, params, result, tokenizer, bars)
+    made_of = model.provenance
+    save_bundle(
+        args.out,
+        result.component,
+        result.params,
+        tokenizer=model.tokenizer,
+        provenance=provenance(made_of.recipe, made_of.step, str(args.model)),
+        quantization_recipe=args.recipe,
+    )
+    return f"{table(result.weights)}\n{measured}\n{seconds:.0f} s, without the measuring of perplexity\n{args.out.absolute()}"
+
+
+def _opened(path: Path) -> Bundle:
+    from pippin.layers.causal_lm_config import CausalLMConfig
+    from pippin.layers.model_files import open_model
+
+    model = open_model(path)
+    if not isinstance(model.component, CausalLMConfig):
+        raise CheckpointError(
+            f"{path} holds a {type(model.component).__name__}, which is no language model. Give another."
+        )
+    if len(model.quantized):
+        raise CheckpointError(
+            f"{path} is compressed already, by {model.quantization_recipe or 'no recipe'}. Give the model that it was made of."
+        )
+    return model
+
+
+def _tokenizer(model: Bundle, *, needed: bool) -> Any:
+    from pippin.core.tokenizer import load_tokenizer
+
+    if model.tokenizer is None and needed:
+        raise CheckpointError(
+            f"{model.directory} has no tokenizer, and the recipe measures the model on text. Write the bundle with one, or use "
+            "a recipe that measures nothing: int8, int4_block32, float16, or --set linear.weighting=none."
+        )
+    return None if model.tokenizer is None else load_tokenizer(model.tokenizer)
+
+
+def _perplexities(
+    cfg: RecipeConfig, model: Bundle, params: Any, result: Compressed, tokenizer: Any, bars: Bars
+) -> str:
+    from pippin.export.compress.evaluate import Evaluator
+    from pippin.export.compress.text import batches, evaluation_text
+    from pippin.layers.unrolled import unrolled
+
+    evaluator = Evaluator(result.component, batches(cfg.evaluation, evaluation_text(), tokenizer))
+    _, before = unrolled(model.component, params)  # type: ignore[arg-type]
+    found = []
+    for what, of in (("before", before), ("after", result.floats())):
+        done = 0
+
+        def advance(what: str = what) -> None:
+            nonlocal done
+            done += 1
+            bars(f"perplexity {what}", done, len(evaluator))
+
+        found.append(evaluator.perplexity(of, advance))
+    return f"perplexity: {found[0]:.3f} before, {found[1]:.3f} after, of {evaluator.tokens:,} tokens"
+
+
+def table(weights: Sequence[CompressedWeight]) -> str:
+    """What became of a model's weights, by kind of layer."""
+    kinds = list(dict.fromkeys(weight.kind for weight in weights))
+    rows = [("layers", "weights", "bits/weight", "MB", "stored as (matrices)")]
+    for kind in [*kinds, "all"]:
+        of = [w for w in weights if kind in (w.kind, "all")]
+        count, nbytes = sum(w.count for w in of), sum(w.nbytes for w in of)
+        forms = Counter(f"{w.scheme} {w.bits}" if w.scheme != "float16" else w.scheme for w in of)
+        stored = ", ".join(f"{form} ({n})" for form, n in sorted(forms.items())) if kind != "all" else ""
+        rows.append((kind, f"{count:,}", f"{8 * nbytes / count:.3f}", f"{nbytes / 1e6:.2f}", stored))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in (0, 4) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

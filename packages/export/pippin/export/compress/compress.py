@@ -1,0 +1,200 @@
+"""A model's weights, compressed by a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from pippin.core.batch import Batch
+from pippin.core.errors import ConfigError
+from pippin.core.module import ParameterInfo, Params, flatten_params, parameter_infos, unflatten_params
+from pippin.core.quantized_array import Palettized, QuantizedArray, Scaled
+from pippin.export.compress.allocate import allocate
+from pippin.export.compress.calibrate import LinearStatistics, calibrate
+from pippin.export.compress.config import (
+    Float16Config,
+    MixedPaletteConfig,
+    PaletteConfig,
+    RecipeConfig,
+    ScaleConfig,
+    Weighting,
+)
+from pippin.export.compress.palettize import require_float16
+from pippin.export.compress.scaled import Scaler
+from pippin.export.compress.sensitivity import importance, options
+from pippin.layers.causal_lm_config import CausalLMConfig
+from pippin.layers.unrolled import unrolled
+
+Progress = Callable[[str, int, int], None]  # (what is done, how far, of how much)
+
+EMBEDDING, HEAD, OTHER = "embedding", "head", "other"
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedWeight:
+    """What became of a parameter."""
+
+    name: str
+    kind: str  # of the layer that it is in: "attention", "feed_forward", "embedding", "head", "other"
+    scheme: str  # "palette", "scale", "float16"
+    bits: int
+    count: int  # of its numbers
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compressed:
+    """A compressed model."""
+
+    component: CausalLMConfig  # without stacks
+    params: Params  # of QuantizedArrays and float16 arrays
+    weights: Sequence[CompressedWeight]
+
+    def floats(self) -> Params:
+        """The parameters as the floats that they stand for."""
+        flat = flatten_params(self.params)
+        return unflatten_params(
+            {n: v.dequantized() if isinstance(v, Palettized | Scaled) else v for n, v in flat.items()}
+        )
+
+
+def needs_calibration(recipe: RecipeConfig) -> bool:
+    """Whether a recipe asks what goes through the linear maps."""
+    linear = recipe.linear
+    if isinstance(linear, MixedPaletteConfig):
+        return True
+    return isinstance(linear, PaletteConfig) and linear.weighting is not Weighting.NONE
+
+
+def compress(
+    cfg: CausalLMConfig,
+    params: Mapping[str, Any],
+    recipe: RecipeConfig,
+    batches: Sequence[Batch] = (),
+    progress: Progress = lambda *_: None,
+) -> Compressed:
+    """A model with its weights compressed.
+
+    Args:
+        cfg: the model's config, as it is stored.
+        params: its parameters, of floats.
+        recipe: how.
+        batches: of calibration text, where the recipe needs it.
+        progress: told of each step.
+
+    Raises:
+        ConfigError: the recipe cannot be met.
+        QuantizationError: a weight cannot be compressed so.
+    """
+    for name, values in flatten_params(params).items():
+        require_float16(name, np.asarray(values))
+    statistics = {}
+    if needs_calibration(recipe):
+        statistics = _calibrated(cfg, params, batches, progress)
+    component, tree = unrolled(cfg, params)
+    flat = {name: np.asarray(values) for name, values in flatten_params(tree).items()}
+    infos = flatten_params(parameter_infos(nnx.eval_shape(lambda: component.build(rngs=nnx.Rngs(0)))))
+    roles = {name: _role(infos[name]) for name in flat}
+    chosen = _chosen(recipe, roles, flat, statistics, progress)
+    result, weights = {}, []
+    for i, (name, values) in enumerate(flat.items()):
+        progress("compressing", i, len(flat))
+        result[name] = _compressed(name, values, chosen[name], roles[name], statistics)
+        weights.append(_described(name, result[name], roles[name], infos[name]))
+    progress("compressing", len(flat), len(flat))
+    return Compressed(component, unflatten_params(result), weights)
+
+
+def _calibrated(
+    cfg: CausalLMConfig, params: Mapping[str, Any], batches: Sequence[Batch], progress: Progress
+) -> dict[str, LinearStatistics]:
+    if not batches:
+        raise ConfigError(
+            "the recipe weights errors, or allocates bits, by what goes through the model: give it text."
+        )
+    done = 0
+    progress("calibrating", done, len(batches))
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        progress("calibrating", done, len(batches))
+
+    return calibrate(cfg, params, batches, advance)
+
+
+def _role(info: ParameterInfo) -> str:
+    """Which part of a recipe a parameter falls under: "linear", "embedding", "head", or "other"."""
+    is_matrix = len(info.shape) - info.stacked >= 2 and info.path.endswith(".weight")
+    if is_matrix and info.provides[-1] == "embedding":
+        return EMBEDDING
+    if is_matrix and info.provides[-1] in ("linear", "grouped_linear") and "router" not in info.provides:
+        # Of the model itself, not of a layer of it.
+        return HEAD if set(info.provides[:-1]) <= {"causal_lm", "linear"} else "linear"
+    return OTHER
+
+
+def _kind(info: ParameterInfo, role: str) -> str:
+    for kind in ("attention", "feed_forward", "router"):
+        if kind in info.provides:
+            return kind if role != OTHER else OTHER
+    return role
+
+
+def _chosen(
+    recipe: RecipeConfig,
+    roles: Mapping[str, str],
+    flat: Mapping[str, np.ndarray],
+    statistics: Mapping[str, LinearStatistics],
+    progress: Progress,
+) -> dict[str, Any]:
+    """The config that each parameter is compressed by."""
+    linear = recipe.linear
+    of_role = {"linear": linear, EMBEDDING: recipe.embedding, HEAD: recipe.head, OTHER: Float16Config()}
+    chosen = {name: of_role[role] for name, role in roles.items()}
+    if not isinstance(linear, MixedPaletteConfig):
+        return chosen
+    names = [name for name, role in roles.items() if role == "linear"]
+    found = {}
+    for i, name in enumerate(names):
+        progress("measuring", i, len(names))
+        of_map = statistics.get(name.removesuffix(".weight"))
+        if of_map is None:
+            raise ConfigError(
+                f"{name} is of a linear map of a kind that is not measured, so no bits can be allocated. Use a recipe with "
+                "the same bits for all."
+            )
+        found[name] = options(name, flat[name], of_map, linear.palette, linear.choices)
+    progress("measuring", len(names), len(names))
+    budget = int(sum(flat[name].size for name in names) * linear.bits_per_weight / 8)
+    allocated = allocate(found, budget)
+    return chosen | {name: linear.palette.set(bits=option.bits) for name, option in allocated.items()}
+
+
+def _compressed(
+    name: str, values: np.ndarray, cfg: Any, role: str, statistics: Mapping[str, LinearStatistics]
+) -> QuantizedArray | np.ndarray:
+    of_map = statistics.get(name.removesuffix(".weight"))
+    match cfg:
+        case PaletteConfig():
+            return cfg.build().compress(name, values, importance(of_map, cfg.weighting))
+        case ScaleConfig():
+            counts = (
+                None if of_map is None or role == EMBEDDING else importance(of_map, Weighting.ACTIVATIONS)
+            )
+            return Scaler(cfg).compress(name, values, counts, rows=role == EMBEDDING)
+        case _:
+            return values.astype(np.float16)
+
+
+def _described(
+    name: str, stored: QuantizedArray | np.ndarray, role: str, info: ParameterInfo
+) -> CompressedWeight:
+    scheme, bits = "float16", 16
+    if isinstance(stored, Palettized | Scaled):
+        scheme, bits = ("palette" if isinstance(stored, Palettized) else "scale"), stored.bits
+    return CompressedWeight(name, _kind(info, role), scheme, bits, int(np.prod(stored.shape)), stored.nbytes)

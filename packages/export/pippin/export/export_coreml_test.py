@@ -1,0 +1,181 @@
+"""The command: from a model on disk to a package with all that goes with it, or to an error and nothing else."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pippin.core.adapter import LowRank, save_adapter
+from pippin.core.bundle import save_bundle
+from pippin.core.config_tree import override
+from pippin.core.errors import CheckpointError
+from pippin.core.manifest import DamageError
+from pippin.export import coreml
+from pippin.export import lower_testing as t
+from pippin.export.coreml_tools import ct
+from pippin.export.export_coreml import Options, export_coreml
+from pippin.export.output import Places, read_manifest
+from pippin.layers import configs as c
+from pippin.layers.adapter import adapter_of, model_signature
+from pippin.layers.model_files import open_model
+
+_SIZES = ["--context", "64", "--prefill", "24"]
+_OPTIONS = Options(context_length=64, prefill_length=24)
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    made = t.model(t.TINY)
+    return save_bundle(tmp_path / "tiny", made.cfg, made.params)
+
+
+def _hashes(package):
+    files = sorted(path for path in package.rglob("*") if path.is_file())
+    return {p.relative_to(package).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_the_command_writes_a_package_and_says_what_it_is(bundle, tmp_path, capsys):
+    out = tmp_path / "out" / "small.mlpackage"
+    assert coreml.main(["--model", str(bundle), "--out", str(out), *_SIZES]) == 0
+    told = capsys.readouterr()
+    assert "q_proj" in told.out and "16.000" in told.out and str(out) in told.out
+    assert "write prefill" in told.err
+    exported = read_manifest(Places.of(out))
+    assert (exported.target, exported.bits_per_weight) == ("coreml", 16.0)
+    assert exported.model_signature == model_signature(open_model(bundle).params())
+    assert [f.name for f in exported.functions] == ["prefill", "decode"]
+    page = (tmp_path / "out" / "small" / "report.html").read_text()
+    assert "<svg" in page and "http" not in page and "q_proj" in page
+    # Apple's own library reads it, and finds what it looks for.
+    opened = ct.models.MLModel(str(out), skip_model_load=True)
+    assert opened.user_defined_metadata["contextLength"] == "64"
+    assert opened.short_description.startswith("tiny: a causal language model of 0.1 million")
+    function = opened.get_spec().description.functions[1]
+    assert [i.name for i in function.input] == ["inputIds", "position", "causalMask"]
+    assert all(i.shortDescription for i in (*function.input, *function.output, *function.state))
+
+
+def test_the_same_model_gives_the_same_bytes(bundle, tmp_path):
+    for name in ("a", "b"):
+        program = (
+            "from pippin.export import coreml; import sys; sys.exit(coreml.main(sys.argv[1:]))",
+            *("--model", str(bundle), "--out", str(tmp_path / f"{name}.mlpackage"), *_SIZES),
+        )
+        subprocess.run([sys.executable, "-c", *program], check=True, capture_output=True)
+    first, second = (_hashes(tmp_path / f"{name}.mlpackage") for name in ("a", "b"))
+    assert first == second and len(first) == 3
+
+
+def test_damage_is_found(bundle, tmp_path):
+    out = tmp_path / "x.mlpackage"
+    export_coreml(bundle, out, _OPTIONS)
+    weights = out / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(DamageError, match=r"weight\.bin: does not match"):
+        read_manifest(Places.of(out))
+
+
+def test_an_adapter_is_an_input_of_the_program(tmp_path):
+    tuned_cfg = c.lora(rank=2, alpha=3.0)(t.TINY)
+    tuned = t.model(tuned_cfg)
+    tuned_bundle = save_bundle(tmp_path / "tuned", tuned.cfg, tuned.params)
+    maps, base = adapter_of(open_model(tuned_bundle))
+    adapter = save_adapter(tmp_path / "polite", maps, base)
+
+    def without(params):
+        if "base" in params:
+            return params["base"]
+        return {n: without(v) if isinstance(v, dict) else v for n, v in params.items()}
+
+    bundle = save_bundle(tmp_path / "base", t.TINY, without(tuned.params))
+    out = tmp_path / "out.mlpackage"
+    # There is room for rank 4: the rest of it is zeros.
+    export_coreml(bundle, out, Options(64, 24, adapter_rank=4, adapters=(adapter,)))
+    exported = read_manifest(Places.of(out))
+    flat = np.fromfile(tmp_path / "out" / "adapters" / "polite.bin", np.float16)
+    assert flat.shape == (exported.adapter.length,) and exported.adapter.base_signature == base
+    tokens = t.some_tokens(30)
+    expected = t.reference(tuned.cfg, tuned.params, tokens)
+    np.testing.assert_allclose(t.run(out, tokens, prompt=26, adapter=flat), expected, atol=1.2e-2)
+    plain = t.reference(t.TINY, without(tuned.params), tokens)
+    assert np.abs(plain - expected).max() > 0.1
+    none = np.zeros_like(flat)
+    np.testing.assert_allclose(t.run(out, tokens, prompt=26, adapter=none), plain, atol=1.2e-2)
+
+
+def _adapter(folder, base, rank=2, path="decoder.layer.attention.q_proj", inputs=64, scale=1.0):
+    down, up = np.ones((2, inputs, rank), np.float32) * scale, np.ones((2, rank, 64), np.float32)
+    return save_adapter(folder, {path: LowRank(down, up)}, base)
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ({"base": "f" * 64}, "was trained on the model with the signature ffffffffffff; this package holds"),
+        ({"rank": 8}, "has rank 8; the package has room for 4. Export it with --adapter-rank 8"),
+        ({"inputs": 32}, r"q_proj\.down is \[32, 2\]; the package has \[64, 4\] for it"),
+        ({"path": "decoder.layer.attention.x_proj"}, "which the model does not have"),
+        ({"scale": 1e6}, "beyond 65504"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_left(bundle, tmp_path, what, expected):
+    base = model_signature(open_model(bundle).params())
+    adapter = _adapter(tmp_path / "a", **({"base": base} | what))
+    options = Options(64, 24, adapter_rank=4, adapters=(adapter,))
+    with pytest.raises(CheckpointError, match=expected):
+        export_coreml(bundle, tmp_path / "out" / "x.mlpackage", options)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_room_for_adapters_is_as_large_as_the_largest(bundle, tmp_path):
+    base = model_signature(open_model(bundle).params())
+    adapters = [_adapter(tmp_path / f"rank_{rank}", base, rank) for rank in (2, 3)]
+    given = [text for adapter in adapters for text in ("--adapter", str(adapter))]
+    out = tmp_path / "x.mlpackage"
+    assert coreml.main(["--model", str(bundle), "--out", str(out), *_SIZES, *given]) == 0
+    assert read_manifest(Places.of(out)).adapter.rank == 3
+
+
+def test_mistakes_are_told_without_a_stack_trace(bundle, tmp_path, capsys):
+    (tmp_path / "there.mlpackage").mkdir()
+    for arguments, expected in (
+        (["--model", str(tmp_path / "absent"), "--out", "x.mlpackage"], "neither a file, nor a directory"),
+        (["--model", str(bundle), "--out", str(tmp_path / "x")], "does not end in .mlpackage"),
+        (["--model", str(bundle), "--out", str(tmp_path / "there.mlpackage")], "is there already"),
+        (["--model", str(bundle), "--out", "x.mlpackage", "--context", "100"], "multiple of 32"),
+    ):
+        assert coreml.main(arguments) == 2
+        told = capsys.readouterr().err
+        assert expected in told and "Traceback" not in told
+
+
+def test_a_full_disk_leaves_nothing(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(CheckpointError, match="takes about 17 MB; the disk has 0 MB left. Make room"):
+        export_coreml(bundle, tmp_path / "x.mlpackage", _OPTIONS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
+
+
+# Files of at most 100 kB: as a disk that fills up meanwhile.
+_SMALL_FILES = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from pippin.export import coreml, export_coreml
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.exit(coreml.main(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
+    made = t.model(override(t.TINY, {"vocab_size": 600}))
+    bundle = save_bundle(tmp_path / "tiny", made.cfg, made.params)
+    out = tmp_path / "x.mlpackage"
+    command = [sys.executable, "-c", _SMALL_FILES, "--model", str(bundle), "--out", str(out), *_SIZES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "was not saved" in done.stderr, done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]

@@ -1,0 +1,1 @@
+"""What someone with a Mac runs: it needs nothing of pippin."""

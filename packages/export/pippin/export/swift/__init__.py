@@ -1,0 +1,1 @@
+"""The Swift package of sample code that is written beside a model."""

@@ -1,0 +1,212 @@
+"""Whether a saved package computes what its model computes: the checks, and what each one found."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pippin.core.bundle import Bundle
+from pippin.core.errors import CheckpointError
+from pippin.core.tokenizer import load_tokenizer
+from pippin.export.jax_reference import JaxReference, cross_entropies
+from pippin.export.mil.interpreter import Interpreter, Mode
+from pippin.export.mil.program import Program
+from pippin.export.output import Places
+from pippin.export.package_runner import PackageRunner, sizes
+from pippin.v1 import export_pb2 as pb
+
+# Without rounding between operations there are left: angles and caches that are stored as float16, and a reference
+# that sums in float32. On SmolLM2-135M that comes to 1.5e-2.
+EXACT_BOUND = 2e-2
+# With it, the least that can be asked depends on how large logits are: float16 has 11 bits, and each of the results of
+# some ten operations in each of many layers is off by up to half a unit of its last place. Of logits below 4, eight
+# units are less than 2e-2.
+FLOAT16_BOUND = 2e-2
+FLOAT16_UNITS = 8
+BYTES_SHARE = 0.01
+# Constants that are no weights: tables of angles, zeros where a format wants a bias. More than 1% of tiny models.
+SMALL_CONSTANTS = 1 << 18
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Something that was looked at."""
+
+    name: str
+    found: str
+    rule: str  # what it must be; "" where it is only told
+    passed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A package beside its model: a prompt, and the tokens that it goes on with."""
+
+    mode: Mode
+    max_error: float
+    max_logit: float  # the largest magnitude in the model
+    tokens_equal: int
+    steps: int
+    difference: str  # of the first token that differs; "" where all are equal
+    runner: PackageRunner
+
+    @property
+    def bound(self) -> float:
+        """What the error must be below."""
+        if self.mode is Mode.EXACT:
+            return EXACT_BOUND
+        return max(FLOAT16_BOUND, FLOAT16_UNITS * float(np.spacing(np.float16(self.max_logit))))
+
+
+def check_files(places: Places, exported: pb.ExportManifest) -> Check:
+    """That the package has the files that the manifest lists, and no others. Their digests have been compared."""
+    root = places.package.parent
+    listed = {f.path for f in exported.files}
+    there = {p.relative_to(root).as_posix() for p in places.package.rglob("*") if p.is_file()}
+    extra = sorted(there - listed)
+    found = f"{len(listed)} as the manifest says" if not extra else f"not in the manifest: {', '.join(extra)}"
+    return Check("files and their SHA-256", found, "all", not extra)
+
+
+def check_signature(model: Path, signature: str, exported: pb.ExportManifest) -> None:
+    """That the package was made of this model.
+
+    Raises:
+        CheckpointError: it was not.
+    """
+    if signature != exported.model_signature:
+        raise CheckpointError(
+            f"the package was made of the model with the signature {exported.model_signature[:12]}; {model} has "
+            f"{signature[:12]}. Give the model that was exported."
+        )
+
+
+def check_sizes(program: Program, exported: pb.ExportManifest) -> Check:
+    """That the program takes what the manifest says."""
+    got = sizes(program)
+    told = (exported.context_length, exported.prefill_length, exported.adapter.length)
+    found = f"context {got.context}, prefill {got.prefill}, adapter {got.adapter}"
+    right = (got.context, got.prefill, got.adapter) == told
+    return Check("sizes of the functions", found, "as the manifest says", right)
+
+
+def check_states(program: Program) -> Check:
+    """That every function reads each state once, and writes it once: devices break where it is otherwise."""
+    wrong = []
+    for function in program.functions.values():
+        for name in function.states:
+            uses = [o.type for o in function.operations if (name,) in o.inputs.values()]
+            reads = uses.count("read_state")
+            # An update gives the new value too, which coremltools writes as a write and a read.
+            writes = uses.count("write_state") + uses.count("coreml_update_state")
+            if (writes, min(reads, 1)) != (1, 1) or reads > 2:
+                wrong.append(f"{function.name}: {name} read {reads} times, written {writes}")
+    return Check("states", "; ".join(wrong) or "read and written as a whole", "each written once", not wrong)
+
+
+def check_bytes(program: Program, exported: pb.ExportManifest) -> Check:
+    """That the weight files are as large as the weights that the manifest claims."""
+    claimed = sum(weight.bytes for weight in exported.weights)
+    files = sum(len(file) for file in program.weight_files.values())
+    for file in program.weight_files.values():
+        for _ in file.blobs():  # looks at each, and at how they fill the file
+            pass
+    share = (files - claimed) / claimed
+    right = abs(files - claimed) <= max(BYTES_SHARE * claimed, SMALL_CONSTANTS)
+    found = f"{files:,} for {claimed:,} of weights ({share:+.2%})"
+    return Check("bytes of weight files", found, f"within {BYTES_SHARE:.0%}", right)
+
+
+def prompt_ids(bundle: Bundle, text: str, count: int) -> list[int]:
+    """Ids to verify with: the start of a text, or, of a model without a tokenizer, some that are drawn."""
+    if bundle.tokenizer is None:
+        vocab = bundle.component.vocab_size  # type: ignore[attr-defined]
+        return np.random.default_rng(0).integers(0, vocab, count).tolist()
+    tokenizer = load_tokenizer(bundle.tokenizer)
+    ids = [*tokenizer.start_ids, *tokenizer.encode(text[: 64 * count])][:count]
+    if len(ids) < count:
+        raise CheckpointError(f"the text has {len(ids)} tokens; {count} are needed. Give a longer one.")
+    return ids
+
+
+def compare(
+    interpreter: Interpreter,
+    reference: JaxReference,
+    prompt: Sequence[int],
+    steps: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Comparison:
+    """Reads a prompt and decodes greedily, and holds all logits against those of the model in JAX.
+
+    The model sees the tokens that the package chose: where its own choice is another, the two have parted.
+    """
+    mode = interpreter.mode.value
+    runner = PackageRunner(interpreter)
+    progress(f"{mode}: read the prompt")
+    logits = [runner.extend(prompt)]
+    chosen: list[int] = []
+    for step in range(steps):
+        progress(f"{mode}: decode step {step + 1}")
+        chosen.append(int(logits[-1][-1].argmax()))
+        logits.append(runner.extend(chosen[-1:]))
+    progress("compute the model in JAX")
+    want = reference.logits([*prompt, *chosen])
+    error = np.abs(np.concatenate(logits).astype(np.float64) - want)
+    choices = want[len(prompt) - 1 : -1].argmax(axis=-1)
+    return Comparison(
+        mode=interpreter.mode,
+        max_error=math.inf if np.isnan(error).any() else float(error.max()),
+        max_logit=float(np.abs(want).max()),
+        tokens_equal=int((choices == chosen).sum()),
+        steps=steps,
+        difference=_difference(choices, chosen, want[len(prompt) - 1 :]),
+        runner=runner,
+    )
+
+
+def _difference(choices: np.ndarray, chosen: Sequence[int], logits: np.ndarray) -> str:
+    for step, (ours, theirs) in enumerate(zip(choices, chosen, strict=True)):
+        if ours != theirs:
+            gap = logits[step, ours] - logits[step, theirs]
+            return f"; the first that differs is {step + 1}: {theirs}, not {ours}, whose logit is {gap:.4f} above it"
+    return ""
+
+
+def comparison_checks(comparison: Comparison) -> list[Check]:
+    """What a comparison must have come to."""
+    mode = comparison.mode.value
+    equal = f"{comparison.tokens_equal} of {comparison.steps}{comparison.difference}"
+    error = f"{comparison.max_error:.2e} (logits up to {comparison.max_logit:.1f})"
+    right = comparison.max_error < comparison.bound
+    return [
+        Check(f"{mode}: largest error of a logit", error, f"below {comparison.bound:.3g}", right),
+        Check(f"{mode}: greedy tokens", equal, "all", comparison.tokens_equal == comparison.steps),
+    ]
+
+
+def perplexities(
+    interpreter: Interpreter,
+    model: Bundle,
+    ids: Sequence[int],
+    progress: Callable[[str], None] = lambda _: None,
+) -> tuple[float, float]:
+    """Of a model in floats, and of the package, over a text.
+
+    The text is read in windows of whole parts of a prompt, as many as the caches hold, each from an empty cache.
+    """
+    size = sizes(interpreter.program)
+    window = size.context // size.prefill * size.prefill
+    reference = JaxReference(model, min(window, len(ids)), as_float16=False)
+    losses: list[list[np.ndarray]] = [[], []]
+    for at in range(0, len(ids) - 1, window):
+        part = list(ids[at : at + window])
+        targets = np.array(ids[at + 1 : at + window + 1])
+        progress(f"read tokens {at} to {at + len(part) - 1}")
+        for which, logits in enumerate((reference.logits(part), PackageRunner(interpreter).extend(part))):
+            losses[which].append(cross_entropies(logits[: len(targets)], targets))
+    before, after = (math.exp(float(np.concatenate(each).mean())) for each in losses)
+    return before, after

@@ -1,0 +1,159 @@
+"""What the command `verify` does. Import it late: it takes JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from pippin.core.errors import ConfigError, DataError
+from pippin.export.compress.text import evaluation_text
+from pippin.export.display import Display
+from pippin.export.golden import record
+from pippin.export.jax_reference import JaxReference
+from pippin.export.mil.interpreter import Interpreter, Mode
+from pippin.export.mil.program import Program
+from pippin.export.mil.spec import load_program
+from pippin.export.model_source import open_source
+from pippin.export.output import Places, read_manifest
+from pippin.export.package_runner import sizes
+from pippin.export.verification import (
+    Check,
+    check_bytes,
+    check_files,
+    check_signature,
+    check_sizes,
+    check_states,
+    compare,
+    comparison_checks,
+    perplexities,
+    prompt_ids,
+)
+from pippin.layers.model_files import open_model
+from pippin.layers.named_models import find_model
+from pippin.v1 import export_pb2 as pb
+
+RUNTIME = "pippin.export.mil"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a user asks for."""
+
+    package: Path
+    model: str
+    float_model: str
+    steps: int = 32
+    mode: str = "both"
+    perplexity_tokens: int = 0
+    text: Path | None = None
+    record: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What came of it."""
+
+    checks: tuple[Check, ...]
+    parity: pb.ExportParity
+    text: str
+
+    @property
+    def passed(self) -> bool:
+        """All of it."""
+        return all(check.passed for check in self.checks)
+
+
+def verify_package(request: Request) -> Report:
+    """Checks a package.
+
+    Raises:
+        DamageError: a file is absent, or not as it was written.
+        PippinError: the package or the model cannot be opened, or do not belong together.
+    """
+    began = time.monotonic()
+    if request.steps < 1 or request.perplexity_tokens < 0:
+        raise ConfigError(
+            "the steps must be at least 1, and the tokens of --perplexity not negative. Give such numbers."
+        )
+    modes = [mode for mode in Mode if request.mode in (mode.value, "both")]
+    windows = -(-request.perplexity_tokens // 64)  # at most
+    with_steps = len(modes) * (request.steps + 2)
+    with Display("verifying", 3 + with_steps + windows) as display:
+        display.step("hash the files")
+        places = Places.of(request.package)
+        exported = read_manifest(places)
+        checks = [check_files(places, exported)]
+        display.step("open the model")
+        path = find_model(request.model)
+        source = open_source(path)
+        check_signature(path, source.signature, exported)
+        display.step("open the package")
+        program = load_program(places.package)
+        checks += [check_sizes(program, exported), check_states(program), check_bytes(program, exported)]
+        text = evaluation_text() if request.text is None else _read(request.text)
+        length = _prompt_length(program, request.steps)
+        prompt = prompt_ids(source.bundle, text, length)
+        reference = JaxReference(source.bundle, length + request.steps, as_float16=True)
+        comparisons = []
+        for mode in modes:
+            interpreter = Interpreter(program, mode)
+            comparisons.append(compare(interpreter, reference, prompt, request.steps, display.step))
+            checks += comparison_checks(comparisons[-1])
+        parity = pb.ExportParity(
+            max_logit_error=comparisons[0].max_error,
+            tokens_equal=comparisons[0].tokens_equal,
+            decode_steps=request.steps,
+            runtime=RUNTIME,
+        )
+        if request.perplexity_tokens:
+            model = open_model(find_model(request.float_model))
+            ids = prompt_ids(model, text, request.perplexity_tokens + 1)
+            parity.perplexity_before, parity.perplexity_after = perplexities(
+                Interpreter(program, modes[0]), model, ids, display.step
+            )
+            checks += _perplexity_checks(parity, request.perplexity_tokens)
+    report = Report(tuple(checks), parity, _text(places, checks, length, time.monotonic() - began))
+    if request.record and report.passed:
+        record(places, exported, parity, comparisons[0].runner, source.name)
+    return report
+
+
+def _prompt_length(program: Program, steps: int) -> int:
+    """One part of a prompt and half of the next, so that padding is seen too; less where the caches are small."""
+    size = sizes(program)
+    if steps >= size.context - 1:
+        raise ConfigError(
+            f"{steps} steps do not fit behind a prompt in caches of {size.context} tokens. Give fewer --steps."
+        )
+    wanted = size.prefill + size.prefill // 2
+    if 2 * size.prefill > size.context or wanted + steps > size.context:
+        wanted = min(size.prefill, size.context - steps)
+    return max(wanted, 2)
+
+
+def _perplexity_checks(parity: pb.ExportParity, tokens: int) -> list[Check]:
+    before, after = parity.perplexity_before, parity.perplexity_after
+    return [
+        Check("perplexity of the float model", f"{before:.4f}", f"over {tokens} tokens"),
+        Check("perplexity of the package", f"{after:.4f} ({after / before - 1:+.2%})", ""),
+    ]
+
+
+def _text(places: Places, checks: list[Check], length: int, seconds: float) -> str:
+    rows = [("check", "found", "must be", "")]
+    rows += [(c.name, c.found, c.rule, "ok" if c.passed else "FAILED") for c in checks]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    failed = sum(not check.passed for check in checks)
+    verdict = "all checks passed" if not failed else f"{failed} of {len(checks)} checks FAILED"
+    return "\n".join(
+        [*lines, "", f"{places.package}: {verdict}; a prompt of {length} tokens, in {seconds:.0f} s"]
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"the text {path} cannot be read: {e}. Give a file of UTF-8 text.") from None

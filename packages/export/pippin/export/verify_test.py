@@ -1,0 +1,196 @@
+"""Verifying real packages of a tiny model: what passes, and what is refused."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pippin.core import manifest
+from pippin.core.errors import PippinError
+from pippin.export import verify
+from pippin.export.export_testing import CONTEXT, PREFILL, TinyExport, tiny_export
+from pippin.export.golden import FILE, golden_arrays
+from pippin.export.mil.errors import PackageError
+from pippin.export.mil.interpreter import Interpreter, Mode
+from pippin.export.mil.messages import model_messages
+from pippin.export.mil.spec import load_program
+from pippin.export.output import MANIFEST, Places, read_manifest
+from pippin.export.package_runner import PackageRunner, causal_mask
+from pippin.export.verification import FLOAT16_UNITS, Comparison, check_bytes, check_states
+from pippin.export.verify_package import Request, verify_package
+from pippin.v1 import export_pb2 as pb
+
+_WEIGHTS = Path("Data", "com.apple.CoreML", "weights", "weight.bin")
+_MODEL = Path("Data", "com.apple.CoreML", "model.mlmodel")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["float16", "compressed"])
+def export(request, tmp_path_factory) -> TinyExport:
+    return tiny_export(tmp_path_factory.mktemp("export"), compressed=request.param)
+
+
+@pytest.fixture
+def copy(export, tmp_path) -> TinyExport:
+    """The same, to be damaged."""
+    root = export.places.package.parent
+    shutil.copytree(root, tmp_path / "copy")
+    return TinyExport(tmp_path / "copy" / "model", Places.of(tmp_path / "copy" / export.places.package.name))
+
+
+def request(export: TinyExport, **changes: object) -> Request:
+    model = str(export.model)
+    asked = Request(package=export.places.package, model=model, float_model=model, steps=4)
+    return dataclasses.replace(asked, **changes)
+
+
+def test_a_package_is_its_model(export):
+    report = verify_package(request(export, steps=32, perplexity_tokens=CONTEXT + 8))
+    assert report.passed, report.text
+    assert report.parity.max_logit_error < 2e-2 and report.parity.tokens_equal == 32
+    assert abs(report.parity.perplexity_after / report.parity.perplexity_before - 1) < 1e-2
+    assert "all checks passed; a prompt of 24 tokens" in report.text
+
+
+def test_the_command_tells_by_its_exit_code(export, capsys):
+    given = [str(export.places.package), "--model", str(export.model), "--steps", "2", "--mode", "exact"]
+    assert verify.main(given) == 0
+    assert "exact: greedy tokens" in capsys.readouterr().out
+    assert verify.main([*given[:2], str(export.model / "none"), *given[3:]]) == 2
+    assert "verify: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", [_WEIGHTS, _MODEL, Path("Manifest.json")])
+def test_a_flipped_bit_is_refused_and_named(copy, file, capsys):
+    path = copy.places.package / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert verify.main([str(copy.places.package), "--model", str(copy.model)]) == 1
+    assert f"tiny.mlpackage/{file.as_posix()}: does not match its SHA-256" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_in_the_manifest_fails(copy):
+    (copy.places.package / "Data" / "more.bin").write_bytes(b"?")
+    report = verify_package(request(copy))
+    assert not report.passed and "not in the manifest: tiny.mlpackage/Data/more.bin" in report.text
+
+
+def rewritten(export: TinyExport, change) -> pb.ExportManifest:
+    """The manifest, changed by who has the right to."""
+    message = manifest.read_manifest(export.places.folder, pb.ExportManifest, MANIFEST)
+    change(message)
+    root = export.places.package.parent
+    for file in message.files:
+        file.CopyFrom(manifest.describe_file(root, root / file.path))
+    manifest.write_manifest(export.places.folder, message, MANIFEST)
+    return message
+
+
+def test_weights_that_are_others_are_found_though_all_digests_are_right(copy):
+    """Whoever can write the manifest too can fool its digests, not the comparison with the model."""
+    path = copy.places.package / _WEIGHTS
+    program = load_program(copy.places.package)
+    (file,) = program.weight_files.values()
+    largest = max(file.blobs(), key=lambda blob: blob.num_bytes)
+    data = bytearray(path.read_bytes())
+    data[largest.data_offset : largest.data_offset + 200] = bytes(200)
+    path.write_bytes(data)
+    rewritten(copy, lambda message: None)
+    report = verify_package(request(copy))
+    assert not report.passed and "exact: largest error of a logit" in report.text
+
+
+def test_claims_of_other_sizes_fail(copy):
+    def change(message):
+        message.context_length = 2 * CONTEXT
+        message.weights[0].bytes += 1 << 20
+
+    message = rewritten(copy, change)
+    program = load_program(copy.places.package)
+    assert not check_bytes(program, message).passed
+    report = verify_package(request(copy))
+    failed = [check.name for check in report.checks if not check.passed]
+    assert failed == ["sizes of the functions", "bytes of weight files"]
+
+
+def test_another_model_is_no_reference(export, tmp_path):
+    other = tiny_export(tmp_path, compressed=False, seed=1)
+    with pytest.raises(PippinError, match="Give the model that was exported"):
+        verify_package(request(export, model=str(other.model)))
+
+
+def test_a_package_without_its_folder_is_refused(tmp_path):
+    with pytest.raises(manifest.DamageError, match="export_manifest.textproto: is absent"):
+        verify_package(Request(tmp_path / "x.mlpackage", "m", "m"))
+
+
+def test_too_many_steps_for_the_caches_are_refused(export):
+    with pytest.raises(
+        PippinError, match=rf"{CONTEXT} steps do not fit behind a prompt in caches of {CONTEXT} tokens"
+    ):
+        verify_package(request(export, steps=CONTEXT))
+
+
+def test_a_state_that_is_written_twice_is_named(copy):
+    path = copy.places.package / _MODEL
+    model = model_messages().Model()
+    model.ParseFromString(path.read_bytes())
+    function = model.mlProgram.functions["decode"]
+    operations = function.block_specializations[function.opset].operations
+    write = next(o for o in operations if o.type in ("write_state", "coreml_update_state"))
+    again = operations.add()
+    again.CopyFrom(write)
+    for output in again.outputs:
+        output.name += "_again"
+    path.write_bytes(model.SerializeToString())
+    check = check_states(load_program(copy.places.package))
+    assert not check.passed and "decode: " in check.found and "written 2" in check.found
+
+
+def test_the_bound_of_float16_grows_with_the_logits():
+    def bound(mode: Mode, largest: float) -> float:
+        return Comparison(mode, 0.0, largest, 0, 0, "", runner=None).bound  # type: ignore[arg-type]
+
+    assert bound(Mode.FLOAT16, 3.9) == bound(Mode.EXACT, 39.0) == 2e-2
+    assert bound(Mode.FLOAT16, 39.0) == FLOAT16_UNITS / 32
+
+
+def test_what_is_recorded_lies_in_the_manifest_and_is_read_back(copy):
+    report = verify_package(request(copy, record=True))
+    assert report.passed
+    message = read_manifest(copy.places)  # digests of the new files too
+    assert {f"tiny/{FILE}", "tiny/verify_on_mac.py"} <= {file.path for file in message.files}
+    assert message.parity == report.parity
+    assert verify_package(request(copy, record=True)).passed  # again, over the first
+    with np.load(copy.places.folder / FILE, allow_pickle=False) as golden:
+        assert golden["functions"].tolist() == ["prefill"] * 2 + ["decode"] * 4
+        assert golden["tokens"].tolist() == [PREFILL, PREFILL // 2, 1, 1, 1, 1]
+        assert golden["position"].tolist() == [0, 16, 24, 25, 26, 27]
+        assert golden["logits_0"].shape == (96,) and golden["logits_0"].dtype == np.float16
+
+
+def test_golden_vectors_are_the_same_each_time(export):
+    program = load_program(export.places.package)
+    arrays = []
+    for _ in range(2):
+        runner = PackageRunner(Interpreter(program))
+        runner.extend([5, 6, 7])
+        arrays.append(golden_arrays(runner.calls, runner))
+    for name, values in arrays[0].items():
+        np.testing.assert_array_equal(values, arrays[1][name])
+
+
+def test_a_text_longer_than_the_caches_is_refused(export):
+    runner = PackageRunner(Interpreter(load_program(export.places.package)))
+    runner.extend([1] * (CONTEXT - 1))
+    with pytest.raises(PackageError, match="tokens 63 to 78 do not fit in caches of 64"):
+        runner.extend([1, 2])
+    assert runner.extend([3]).shape == (1, 96)
+
+
+def test_the_mask_of_padding_is_that_of_tokens_to_come():
+    mask = causal_mask(2, 2, 5)
+    assert mask.shape == (1, 1, 2, 5) and mask.dtype == np.float16
+    assert (mask[0, 0] == 0).tolist() == [[True] * 3 + [False] * 2, [True] * 4 + [False]]
