@@ -14,10 +14,19 @@ import numpy as np
 from coreai._compiler.dialects import coreai as dialect
 from coreai._compiler.dialects._coreai_ops_gen import ConstantOp
 from coreai._compiler.dialects.coreai.constant import create_constant_attr
-from coreai._compiler.ir import ArrayAttr, DictAttr, StringAttr
+from coreai._compiler.ir import (
+    ArrayAttr,
+    DenseResourceElementsAttr,
+    DictAttr,
+    IntegerType,
+    RankedTensorType,
+    StringAttr,
+)
 from coreai.authoring import AIModelAsset, AIProgram, HandleType, Module, TensorType, TokenType, Value
 from coreai.authoring.graph_builder import GraphOp
 from coreai.runtime import AIModelAssetMetadata, NDArray
+
+from pippin.core.quantized_array import pack
 
 __all__ = [
     "AIModelAsset",
@@ -39,10 +48,19 @@ class Constants:
     def __init__(self) -> None:
         self._stored: dict[str, Any] = {}
 
-    def value(self, name: str, values: np.ndarray) -> Value:
-        """A constant in the function that is written. The same name stands for the same values."""
+    def value(self, name: str, values: np.ndarray, bits: int | None = None) -> Value:
+        """A constant in the function that is written. The same name stands for the same values.
+
+        Args:
+            name: of the constant.
+            values: it is stored as they are typed.
+            bits: of uint8 or int8 those that count, where they are fewer than 8.
+        """
         if name not in self._stored:
-            self._stored[name] = create_constant_attr(np.ascontiguousarray(values))
+            packed = bits is not None and bits < 8
+            self._stored[name] = (
+                _packed(values, bits) if packed else create_constant_attr(np.ascontiguousarray(values))
+            )
         return Value._from_mlir(ConstantOp(value=self._stored[name]).result)  # noqa: SLF001
 
 
@@ -88,6 +106,14 @@ class Function:
     def end(self, outputs: Sequence[Value]) -> None:
         """Ends the function with what it gives."""
         dialect.output([*(value._to_mlir() for value in outputs), *self._tokens.values()])
+
+
+def _packed(values: np.ndarray, bits: int) -> Any:
+    """Integers end to end, as the runtime reads them; the library's own way to make a constant gives each a byte."""
+    signed = np.issubdtype(values.dtype, np.signedinteger)
+    element = IntegerType.get_signed(bits) if signed else IntegerType.get_unsigned(bits)
+    kind = RankedTensorType.get(list(values.shape), element)
+    return DenseResourceElementsAttr.get_from_buffer(pack(values, bits), "packed", kind)
 
 
 def _named(name: str) -> DictAttr:

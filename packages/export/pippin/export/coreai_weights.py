@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import ml_dtypes
 import numpy as np
 
 from pippin.core.errors import CheckpointError
@@ -13,9 +12,6 @@ from pippin.export.coreai_tools import Constants, Value, ops
 from pippin.v1 import export_pb2 as pb
 
 _MAX_FLOAT16 = float(np.finfo(np.float16).max)
-# Bits of an index -> the least integers that have them here: there are none of 1, 3 or 6 bits.
-_INDICES = {1: ml_dtypes.uint2, 2: ml_dtypes.uint2, 3: ml_dtypes.uint4, 4: ml_dtypes.uint4, 6: np.uint8, 8: np.uint8}
-_INTEGERS = {4: ml_dtypes.int4, 8: np.int8}
 
 
 class Weights:
@@ -39,9 +35,9 @@ class Weights:
         self._read.add(name)
         return self._params[name]
 
-    def constant(self, name: str, values: np.ndarray) -> Value:
-        """Numbers as they are, in the function that is written."""
-        return self._constants.value(name, values)
+    def constant(self, name: str, values: np.ndarray, bits: int | None = None) -> Value:
+        """Numbers as they are, in the function that is written; of integers, so many bits."""
+        return self._constants.value(name, values, bits)
 
     def dense(self, name: str) -> Value:
         """A weight as float16, in the function that is written.
@@ -54,7 +50,7 @@ class Weights:
                 return self._from_table(name, table)
             case Scaled() as scaled:
                 scale = self.constant(f"{name}.scales", scaled.scales)
-                values = self.constant(f"{name}.values", scaled.values.astype(_INTEGERS[scaled.bits]))
+                values = self.constant(f"{name}.values", scaled.values, scaled.bits)
                 return self.rescaled(values, scale, scaled)
             case values:
                 return self.constant(name, _as_float16(name, np.asarray(values)))
@@ -63,7 +59,7 @@ class Weights:
         """Integers times their scales: float16."""
         shape = tuple(scale.type.shape)
         zeros = "x".join(map(str, shape))
-        no_shift = self.constant(f"zeros_{scaled.bits}_{zeros}", np.zeros(shape, _INTEGERS[scaled.bits]))
+        no_shift = self.constant(f"zeros_{scaled.bits}_{zeros}", np.zeros(shape, np.int8), scaled.bits)
         no_bias = self.constant(f"zeros_16_{zeros}", np.zeros(shape, np.float16))
         return ops.blockwise_shift_scale(values, scale, no_shift, no_bias)
 
@@ -72,14 +68,10 @@ class Weights:
         return [_described(name, self._params[name]) for name in sorted(self._read)]
 
     def _from_table(self, name: str, table: Palettized) -> Value:
-        kind = _INDICES[table.bits]
-        entries = 2 ** int(ml_dtypes.iinfo(kind).bits)
-        luts = np.zeros((*table.groups, entries, 1), np.float16)
-        luts[..., : 2**table.bits, 0] = table.luts
         return ops.lut_to_dense(
-            self.constant(f"{name}.indices", table.indices.astype(kind)),
-            self.constant(f"{name}.luts", luts),
-            0,
+            self.constant(f"{name}.indices", table.indices, table.bits),
+            self.constant(f"{name}.luts", table.luts[..., None]),
+            np.array(0, np.int16),  # along which vectors would be laid; entries are numbers
         )
 
 
