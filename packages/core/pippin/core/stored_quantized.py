@@ -83,6 +83,9 @@ class QuantizedArrays(_Mapping):
     def __getitem__(self, name: str) -> QuantizedArray:
         return self._stored[name].read()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored  # without reading
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
 

@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             adapters=tuple(args.adapter),
             recipe=args.recipe,
             perplexity_tokens=args.perplexity_tokens,
+            verify_steps=args.verify_steps,
         )
         summary = export_coreml(args.model, args.out, options)
     except PippinError as error:
@@ -69,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         default=2048,
         metavar="N",
         help="measures perplexity, before and after, on so many tokens; 0 for none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--verify-steps",
+        type=int,
+        default=8,
+        metavar="N",
+        help="runs the saved package beside the model for a prompt and N tokens; 0 for not at all (default: %(default)s)",
     )
     parser.add_argument(
         "--context",

@@ -11,6 +11,7 @@ import numpy as np
 
 from pippin.core import manifest
 from pippin.core.adapter import load_adapter
+from pippin.core.bundle import load_bundle, save_bundle
 from pippin.core.module import unflatten_params
 from pippin.export.adapter_layout import packed_adapter
 from pippin.export.display import Display
@@ -23,12 +24,14 @@ from pippin.export.report import report_page
 from pippin.export.summary import summary_text
 from pippin.export.swift.swift_package import write_swift_package
 from pippin.layers.adapter import unrolled_maps
+from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.named_models import find_model
 from pippin.v1 import export_pb2 as pb
 
 SUFFIX = ".mlpackage"
 ADAPTERS = "adapters"
 REPORT = "report.html"
+COMPRESSED = "compressed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +41,12 @@ class Options(Sizes):
     adapters: tuple[Path, ...] = ()  # directories of adapters that are written beside the package
     recipe: str = ""  # that weights are compressed by; "": they are stored as they are
     perplexity_tokens: int = 0  # of the text that perplexity is measured on; 0: it is not measured
+    verify_steps: int = 0  # tokens that the package and the model decode side by side; 0: they do not
 
     @property
     def num_steps(self) -> int:
         """That a person sees go by."""
-        return 5 + bool(self.recipe) + bool(self.perplexity_tokens)
+        return 5 + sum(map(bool, (self.recipe, self.perplexity_tokens, self.verify_steps)))
 
 
 def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
@@ -78,26 +82,58 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
             progress=lambda name: display.step(f"write {name}"),
         )
         exported = _described(source, lowered, options)
-        if options.perplexity_tokens and source.tokenizer is not None:
-            display.step("measure perplexity")
-            exported.parity.CopyFrom(_measured(opened, source, options.perplexity_tokens, display))
         with new_export(out, SUFFIX, sum(w.bytes for w in exported.weights)) as places:
             display.step("store the weights")
             write_package(places, lowered, user_metadata(exported, source.name), _one_line(source))
             write_tokenizer(source.tokenizer, places)
+            if options.recipe:
+                source = _kept(source, places)
             _write_adapters(places, options.adapters, source, exported)
             write_swift_package(places, exported)
+            _measure(opened, source, places, exported, options, display)
             (places.folder / REPORT).write_text(report_page(source.name, exported))
             display.step("hash the files")
             write_manifest(places, exported)
-    return summary_text(exported, Places.of(out), time.monotonic() - began)
+    model = Places.of(out).folder / COMPRESSED if options.recipe else model
+    return summary_text(exported, Places.of(out), str(model), time.monotonic() - began)
 
 
-def _measured(before: ModelSource, after: ModelSource, tokens: int, display: Display) -> pb.ExportParity:
-    from pippin.export.measure import perplexities  # it takes JAX
+def _kept(source: ModelSource, places: Places) -> ModelSource:
+    """The compressed model as a bundle beside the package: what adapters are trained on, and what verify reads."""
+    bundle = save_bundle(
+        places.folder / COMPRESSED,
+        source.cfg,
+        unflatten_params(source.params),
+        tokenizer=source.tokenizer,
+        provenance=source.provenance,
+        quantization_recipe=source.recipe,
+    )
+    return dataclasses.replace(source, bundle=load_bundle(bundle))
 
-    first, second = perplexities(before, after, tokens, display.part)
-    return pb.ExportParity(perplexity_before=first, perplexity_after=second, runtime="pippin.layers")
+
+def _measure(
+    opened: ModelSource,
+    source: ModelSource,
+    places: Places,
+    exported: pb.ExportManifest,
+    options: Options,
+    display: Display,
+) -> None:
+    """Adds to the manifest what was asked to be measured. Of a model without a tokenizer there is no perplexity."""
+    from pippin.export.measure import parity, perplexities  # it takes JAX
+
+    found = exported.parity
+    if options.perplexity_tokens and source.tokenizer is not None:
+        display.step("measure perplexity")
+        tokens = options.perplexity_tokens
+        found.perplexity_before, found.perplexity_after = perplexities(opened, source, tokens, display.part)
+        found.runtime = "pippin.layers"
+    if options.verify_steps:
+        display.step("verify")
+        comparison = parity(places.package, source.bundle, options.verify_steps, display.part)
+        found.max_logit_error = comparison.max_error
+        found.tokens_equal, found.decode_steps = comparison.tokens_equal, comparison.steps
+        found.runtime = "pippin.export.mil"
 
 
 def _described(source: ModelSource, lowered: Lowered, sizes: Sizes) -> pb.ExportManifest:
@@ -124,7 +160,9 @@ def _write_adapters(
     """Writes adapters as the program takes them: NAME.bin, float16 in the order of the manifest's layout."""
     for directory in directories:
         adapter = load_adapter(directory)
-        maps = unrolled_maps(source.bundle.component, unflatten_params(source.bundle.weights), adapter.maps())
+        cfg = source.bundle.component
+        assert isinstance(cfg, CausalLMConfig)  # or it would not have been opened
+        maps = unrolled_maps(cfg, unflatten_params(source.bundle.weights), adapter.maps())
         flat = packed_adapter(adapter, maps, exported.adapter)
         folder = places.folder / ADAPTERS
         folder.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """The command: from a model on disk to a package with all that goes with it, or to an error and nothing else."""
 
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,36 @@ def test_the_command_writes_a_package_and_says_what_it_is(bundle, tmp_path, caps
     function = opened.get_spec().description.functions[1]
     assert [i.name for i in function.input] == ["inputIds", "position", "causalMask"]
     assert all(i.shortDescription for i in (*function.input, *function.output, *function.state))
+
+
+def test_a_recipe_compresses_and_leaves_the_bundle_that_the_package_is_of(bundle, tmp_path, capsys):
+    out = tmp_path / "x.mlpackage"
+    given = [
+        "--model",
+        str(bundle),
+        "--out",
+        str(out),
+        *_SIZES,
+        "--recipe",
+        "int4_block32",
+        "--verify-steps",
+        "4",
+    ]
+    assert coreml.main(given) == 0
+    assert re.search(r"greedy tokens that are equal +4 of 4", capsys.readouterr().out)
+    exported = read_manifest(Places.of(out))
+    schemes = {w.name: (w.scheme, w.bits) for w in exported.weights}
+    assert schemes["decoder.layers.1.attention.k_proj.weight"] == ("scaled", 4)
+    assert exported.recipe == "int4_block32" and exported.bits_per_weight < 7
+    kept = tmp_path / "x" / "compressed"
+    assert exported.model_signature == model_signature(open_model(kept).params())
+    # The bundle gives the same package.
+    again = tmp_path / "y.mlpackage"
+    assert coreml.main(["--model", str(kept), "--out", str(again), *_SIZES, "--verify-steps", "0"]) == 0
+    weights = "Data/com.apple.CoreML/weights/weight.bin"
+    assert _hashes(out)[weights] == _hashes(again)[weights]
+    assert coreml.main(["--model", str(kept), "--out", "z.mlpackage", "--recipe", "int8"]) == 2
+    assert "compressed already, by int4_block32" in capsys.readouterr().err
 
 
 def test_the_same_model_gives_the_same_bytes(bundle, tmp_path):
@@ -148,6 +179,8 @@ def test_mistakes_are_told_without_a_stack_trace(bundle, tmp_path, capsys):
         (["--model", str(bundle), "--out", str(tmp_path / "x")], "does not end in .mlpackage"),
         (["--model", str(bundle), "--out", str(tmp_path / "there.mlpackage")], "is there already"),
         (["--model", str(bundle), "--out", "x.mlpackage", "--context", "100"], "multiple of 32"),
+        (["--model", str(bundle), "--out", "x.mlpackage", "--recipe", "int9"], "there is no recipe 'int9'"),
+        (["--model", str(bundle), "--out", "x.mlpackage", "--recipe", "palettize_4bit"], "has no tokenizer"),
     ):
         assert coreml.main(arguments) == 2
         told = capsys.readouterr().err

@@ -1,17 +1,24 @@
-"""How well a model predicts text with the weights that an export holds. Import it late: it takes JAX."""
+"""What an export comes to: perplexity with its weights, and its logits beside the model's. Import it late: it takes JAX."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
+from pippin.core.bundle import Bundle
 from pippin.core.module import unflatten_params
 from pippin.core.tokenizer import load_tokenizer
 from pippin.export.compress.config import TextConfig
 from pippin.export.compress.evaluate import Evaluator
 from pippin.export.compress.text import batches, evaluation_text
+from pippin.export.jax_reference import JaxReference
+from pippin.export.mil.interpreter import Interpreter, Mode
+from pippin.export.mil.spec import load_program
 from pippin.export.model_source import ModelSource
+from pippin.export.package_runner import sizes
+from pippin.export.verification import Comparison, compare, prompt_ids
 
 
 def perplexities(
@@ -47,6 +54,33 @@ def perplexities(
 
     first = 0.0 if before.recipe else measured("before", before, stored=False)
     return first, measured("after", after, stored=True)
+
+
+def parity(
+    package: Path, model: Bundle, steps: int, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> Comparison:
+    """A saved package beside its model: a prompt in two parts, and greedy decoding, in the package's own float16.
+
+    Args:
+        package: which is run by an interpreter that knows nothing of how it was written.
+        model: whose weights it has.
+        steps: to decode, fewer where the caches are small.
+        progress: is told what is done, how far it is, and of how much.
+    """
+    interpreter = Interpreter(load_program(package), Mode.FLOAT16)
+    size = sizes(interpreter.program)
+    steps = min(steps, size.context // 2)
+    length = min(size.prefill * 3 // 2, size.context - steps)
+    prompt = prompt_ids(model, evaluation_text(), length)
+    done = 0
+
+    def advance(what: str) -> None:
+        nonlocal done
+        done += 1
+        progress("verify", done, steps + 2)
+
+    reference = JaxReference(model, length + steps, as_float16=True)
+    return compare(interpreter, reference, prompt, steps, advance)
 
 
 def _numbers(values: object, stored: bool) -> np.ndarray:

@@ -32,7 +32,7 @@ def measured_rows(exported: pb.ExportManifest) -> list[tuple[str, str]]:
     return rows
 
 
-def summary_text(exported: pb.ExportManifest, places: Places, seconds: float) -> str:
+def summary_text(exported: pb.ExportManifest, places: Places, model: str, seconds: float) -> str:
     """All of it, as lines."""
     package = sum(f.bytes for f in exported.files if f.path.startswith(f"{places.package.name}/"))
     lines = [*_aligned([HEADER, *cost_rows(exported)]), ""]
@@ -43,7 +43,11 @@ def summary_text(exported: pb.ExportManifest, places: Places, seconds: float) ->
         f"{package / 1e6:,.1f} MB, a context of {exported.context_length} tokens, {exported.prefill_length} of a prompt "
         f"at a time{room}; written in {seconds:.0f} s"
     )
-    lines += [f"{places.package}: {what}", f"{places.folder}: the manifest, the tokenizer and report.html"]
+    lines += [
+        f"{places.package}: {what}",
+        f"{places.folder}: the manifest, the tokenizer, report.html, and swift/ with sample code",
+        f"To check it whole: bazel run //packages/export:verify -- {places.package} --model {model}",
+    ]
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def _topics() -> list[str]:
     texts = []
     for name in sorted(topics):
         # Some topics repeat others.
-        paragraphs = [p for p in topics[name].split("\n\n") if p.strip()]
+        paragraphs = [p for p in re.split(r"\n{2,}", topics[name].strip()) if p.strip()]
         new = [p for p in paragraphs if p not in seen]
         seen.update(new)
         if len(new) > len(paragraphs) // 2:
