@@ -191,8 +191,8 @@ def load_chat_template(directory: Path | str, tokenizer: Tokenizer | None = None
         DataError: the template or its file is damaged, or there is no tokenizer.
     """
     directory = Path(directory)
+    source = chat_template_source(directory)
     config = read_tokenizer_object(directory / "tokenizer_config.json")
-    source = _read_source(directory / _FILE) or _named_default(config.get("chat_template"))
     if source is None:
         return None
     names = {
@@ -201,6 +201,12 @@ def load_chat_template(directory: Path | str, tokenizer: Tokenizer | None = None
         if name.endswith("_token") and (text := token_text(value))
     }
     return ChatTemplate(source, tokenizer or load_tokenizer(directory), names)
+
+
+def chat_template_source(directory: Path) -> str | None:
+    """The chat template among a tokenizer's files as it is written there, or None; raises as `load_chat_template` does."""
+    config = read_tokenizer_object(directory / "tokenizer_config.json")
+    return _read_source(directory / _FILE) or _named_default(config.get("chat_template"))
 
 
 def _read_source(path: Path) -> str | None:

@@ -19,7 +19,7 @@ from pippin.core.atomic_file import write_atomic
 from pippin.core.errors import CheckpointError, ConfigError
 from pippin.core.gguf_file import GGUFFile
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # as in SentencePiece, with 5 for unused
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens, as in SentencePiece
 _TYPES = range(1, 7)
 
 _SPECIAL = {
@@ -98,7 +98,7 @@ def _vocabulary(file: GGUFFile) -> tuple[list[str], list[int]]:
     """The tokens by id, and their types."""
     tokens = file.texts("tokenizer.ggml.tokens")
     types = file.numbers("tokenizer.ggml.token_type")
-    kinds = [_NORMAL] * len(tokens) if types is None else [int(t) for t in types]
+    kinds = [NORMAL] * len(tokens) if types is None else [int(t) for t in types]
     problem = (
         "there are no tokens"
         if not tokens
@@ -137,9 +137,9 @@ def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> dict[str
         "padding": None,
         "added_tokens": [
             {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False}
-            | {"normalized": False, "special": kind != _USER_DEFINED}
+            | {"normalized": False, "special": kind != USER_DEFINED}
             for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)
+            if kind in (CONTROL, UNKNOWN, USER_DEFINED)
         ],
         "post_processor": None,
         "decoder": _byte_level_step(split=True),
@@ -151,33 +151,44 @@ def _byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> dict[str
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": file.text("tokenizer.ggml.pre", "")
-            == "llama-bpe",  # whole words of the vocabulary first
+            "ignore_merges": takes_whole_words(file.text("tokenizer.ggml.pre", "")),
             "vocab": vocabulary,
             "merges": merges,
         },
     } | _before_merging(file)
 
 
-def _before_merging(file: GGUFFile) -> dict[str, Any]:
-    """How text is normalised and split, by the name of the way.
+def ways_to_split() -> dict[str, dict[str, Any]]:
+    """How text is normalised and split before BPE, by the name of the way: two entries of a tokenizer.json.
 
     Source: the tokenizer.json of GPT-2, SmolLM2, Llama 3 and Qwen2.
     """
-    names = {
+    names: dict[str, tuple[dict[str, Any] | None, list[dict[str, Any]]]] = {
         "gpt-2": (None, [_byte_level_step(split=True)]),
         "smollm": (None, [{"type": "Digits", "individual_digits": True}, _byte_level_step(split=True)]),
         "llama-bpe": (None, [_split(_LLAMA3_WORDS % "{1,3}"), _byte_level_step(split=False)]),
         "qwen2": ({"type": "NFC"}, [_split(_LLAMA3_WORDS % ""), _byte_level_step(split=False)]),
     }
+    return {
+        name: {"normalizer": normalizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+        for name, (normalizer, steps) in names.items()
+    }
+
+
+def takes_whole_words(way: str) -> bool:
+    """Whether words that are tokens are taken as they are, before any merging."""
+    return way == "llama-bpe"
+
+
+def _before_merging(file: GGUFFile) -> dict[str, Any]:
+    names = ways_to_split()
     name = file.text("tokenizer.ggml.pre", "none")
     if name not in names:
         raise ConfigError(
             f"{file.path}: tokenizer.ggml.pre is {name[:80]!r}, a way to split text that is not known: "
             f"{', '.join(names)} are. Take the model as a Hugging Face folder, whose tokenizer.json says how."
         )
-    normalizer, steps = names[name]
-    return {"normalizer": normalizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    return names[name]
 
 
 def _byte_level_step(*, split: bool) -> dict[str, Any]:
@@ -201,7 +212,7 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], types: list[int], ids: dic
     for token, score, kind in zip(tokens, scores, types, strict=True):
         model.pieces.add(piece=token, score=float(score), type=kind)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(tokens), _BYTE in types
+    trainer.model_type, trainer.vocab_size, trainer.byte_fallback = trainer.BPE, len(tokens), BYTE in types
     for name, i in ids.items():
         if i is not None:
             setattr(trainer, f"{name}_id", i)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,7 @@ def save_folder(
     *,
     tokenizer: Path | None,
     max_file_bytes: int,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes the folder of a model, whole or not at all.
 
@@ -113,6 +114,7 @@ def save_folder(
         tensors: by name; read one file's worth at a time.
         tokenizer: a folder whose tokenizer files are copied.
         max_file_bytes: tensors beyond this go to another file.
+        finish: adds what else belongs into the folder, which it is given, once all other files are there.
 
     Raises:
         CheckpointError: the directory is there already, there is no tokenizer in `tokenizer`,
@@ -129,6 +131,8 @@ def save_folder(
             for name in _TOKENIZER_FILES:
                 if (tokenizer / name).is_file():
                     manifest.write_file(temporary / name, (tokenizer / name).read_bytes())
+        if finish is not None:
+            finish(temporary)
 
 
 def _instead(directory: Path) -> str:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from pippin.core.config_tree import traverse
-from pippin.core.errors import ConfigError
 from pippin.core.quantized_array import QuantizedArray
 from pippin.export import lower_attention, lower_linear, lower_model  # noqa: F401  they declare the rules
 from pippin.export.adapter_layout import adapter_layout
@@ -20,42 +18,11 @@ from pippin.export.coreml_tools import Builder as mb
 from pippin.export.coreml_tools import ct, mil, types
 from pippin.export.lower_emitter import Emitter, require_rules
 from pippin.export.lower_weights import Weights
-from pippin.layers.attention_config import GroupedQueryAttentionConfig
+from pippin.export.program_sizes import FUNCTIONS, STATES, Sizes, cache_shape
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.v1 import export_pb2 as pb
 
 TARGET = ct.target.iOS18
-FUNCTIONS = ("prefill", "decode")
-STATES = ("keyCache", "valueCache")
-
-_CONTEXT_STEP = 32  # the neural engine wants dims of states in multiples of it
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """The fixed sizes of a program.
-
-    Raises:
-        ConfigError: they do not fit each other.
-    """
-
-    context_length: int = 512  # slots of the caches
-    prefill_length: int = 64  # tokens that a call of `prefill` reads
-    adapter_rank: int = 0  # of the largest adapter that fits; 0: the program takes none
-
-    def __post_init__(self) -> None:
-        if self.context_length < _CONTEXT_STEP or self.context_length % _CONTEXT_STEP:
-            raise ConfigError(
-                f"the context is {self.context_length} tokens; it must be a multiple of {_CONTEXT_STEP}, since the neural "
-                f"engine takes no other states. Use {-(-max(self.context_length, 1) // _CONTEXT_STEP) * _CONTEXT_STEP}."
-            )
-        if not 1 < self.prefill_length <= self.context_length:
-            raise ConfigError(
-                f"prefill reads {self.prefill_length} tokens at a time; it must be from 2 to the {self.context_length} of "
-                "the context. 64 is a good number for most models."
-            )
-        if self.adapter_rank < 0:
-            raise ConfigError(f"the adapter rank is {self.adapter_rank}; it must be 0, for none, or more.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +57,7 @@ def lower(
         CheckpointError: a weight is absent, or no finite number of float16.
     """
     require_rules(cfg)
-    cache = _cache_shape(cfg, sizes.context_length)
+    cache = cache_shape(cfg, sizes.context_length)
     layout = None
     if sizes.adapter_rank:
         shapes = {name: tuple(values.shape) for name, values in params.items()}
@@ -108,20 +75,6 @@ def lower(
     program.export_as_multifunction = True
     program.skip_all_passes = True  # it is as it is to be
     return Lowered(program, tuple(described), tuple(weights.manifest()), layout)
-
-
-def _cache_shape(cfg: CausalLMConfig, context: int) -> tuple[int, ...]:
-    """Of a state: float16 [layers with a cache, 1, K, S, H]."""
-    caching = {path: child for path, child in traverse(cfg) if isinstance(child, GroupedQueryAttentionConfig)}
-    shapes = {(child.num_kv_heads, child.head_dim) for child in caching.values()}
-    if len(shapes) != 1:
-        what = " and ".join(f"{heads} heads of {dim}" for heads, dim in sorted(shapes)) or "none"
-        raise ConfigError(
-            f"the layers keep keys and values of {what}; a package has one cache for all, so that they must be alike. Give "
-            "all layers the same num_kv_heads and head_dim."
-        )
-    heads, head_dim = shapes.pop()
-    return len(caching), 1, heads, context, head_dim
 
 
 def _inputs(

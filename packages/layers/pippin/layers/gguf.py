@@ -6,6 +6,7 @@ there as rotations of neighbouring dims want them, and come back as they were.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ from pippin.core.module import Params
 from pippin.core.stored_tensor import StoredTensor
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.gguf_architecture import ROTATION, config_from_gguf
-from pippin.layers.huggingface import read_params
+from pippin.layers.huggingface import NamedTensor, read_params
+from pippin.layers.huggingface_config import config_to_huggingface
 
 _LAYER, _THEIR_LAYER = "decoder.layer.", "blk.{}."
 
 # The path of a parameter, less its last step -> their name of it, less "weight" or "bias".
-_NAMES = {
+GGUF_NAMES = {
     "embedding": "token_embd",
     "norm": "output_norm",
     "head": "output",
@@ -61,7 +63,7 @@ def load_gguf(path: str | Path, *, cache_dir: Path | None = None) -> GGUFModel:
     """
     file = open_gguf(find_gguf(path))
     cfg = config_from_gguf(file)
-    params = read_params(cfg, _tensors(file), _NAMES, file.path, "metadata")
+    params = read_params(cfg, _tensors(file), GGUF_NAMES, file.path, "metadata")
     return GGUFModel(cfg, params, write_tokenizer(file, cache_dir or default_cache_dir()))
 
 
@@ -83,6 +85,24 @@ def find_gguf(path: str | Path) -> Path:
     return found[0]
 
 
+def in_pairs(cfg: CausalLMConfig, tensors: Mapping[str, NamedTensor]) -> dict[str, NamedTensor]:
+    """A Llama's tensors as files have them, whose queries and keys have dims i and i + H/2 of each head side by side."""
+    written = {}
+    for name, named in tensors.items():
+        if name.endswith(_ROTATED):
+            tensor = dataclasses.replace(
+                named.tensor, read=functools.partial(_paired, named.tensor, _num_heads(cfg, name))
+            )
+            named = dataclasses.replace(named, tensor=tensor)
+        written[name] = named
+    return written
+
+
+def _num_heads(cfg: CausalLMConfig, name: str) -> int:
+    raw = config_to_huggingface(cfg)
+    return raw["num_attention_heads"] if ".attn_q." in name else raw["num_key_value_heads"]
+
+
 def _tensors(file: GGUFFile) -> dict[str, StoredTensor]:
     """The tensors as parameters are made of them."""
     tensors = {name: tensor for name, tensor in file.tensors.items() if name != ROTATION}
@@ -102,3 +122,10 @@ def _in_halves(tensor: StoredTensor, num_heads: int) -> np.ndarray:
     values = tensor.read()
     pairs = values.reshape(num_heads, values.shape[0] // num_heads // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def _paired(tensor: StoredTensor, num_heads: int) -> np.ndarray:
+    """What `_in_halves` is given."""
+    values = tensor.read()
+    halves = values.reshape(num_heads, 2, values.shape[0] // num_heads // 2, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)

@@ -6,7 +6,7 @@ that what was loaded and is saved again is the same.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from pippin.layers.huggingface_config import config_from_huggingface, config_to_
 _LAYER, _THEIR_LAYER = "decoder.layer.", "model.layers.{}."
 
 # The path of a parameter, less its last step -> their name of it, less "weight" or "bias".
-_NAMES = {
+HUGGINGFACE_NAMES = {
     "embedding": "model.embed_tokens",
     "norm": "model.norm",
     "head": "lm_head",
@@ -56,6 +56,15 @@ class HuggingFaceModel:
     tokenizer: Path | None  # the folder of its files
 
 
+@dataclasses.dataclass(frozen=True)
+class NamedTensor:
+    """A parameter, or one layer's part of it, as another form has it."""
+
+    path: str  # of the parameter
+    layer: int | None  # whose part it is
+    tensor: StoredTensor  # of a linear map: [output, input]
+
+
 def load_huggingface(directory: str | Path) -> HuggingFaceModel:
     """The model in a folder that `save_pretrained` of transformers wrote, or `save_huggingface`.
 
@@ -71,7 +80,7 @@ def load_huggingface(directory: str | Path) -> HuggingFaceModel:
         {_TIED_HEAD} if cfg.head is None else set()
     )
     described = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    params = read_params(cfg, described, _NAMES, directory, CONFIG_FILE)
+    params = read_params(cfg, described, HUGGINGFACE_NAMES, directory, CONFIG_FILE)
     if cfg.head is None and _TIED_HEAD in tensors:
         _require_tied(directory, params["embedding"]["weight"], tensors[_TIED_HEAD].read())
     return HuggingFaceModel(cfg, params, directory if has_tokenizer(directory) else None)
@@ -85,17 +94,19 @@ def save_huggingface(
     *,
     max_position_embeddings: int | None = None,
     max_file_bytes: int = 5_000_000_000,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a folder that `from_pretrained` of transformers reads.
 
     Args:
         directory: where it is to lie; there is nothing there yet.
         cfg: the config tree.
-        params: float32, float16 or bfloat16 arrays, JAX's or NumPy's.
+        params: float32, float16 or bfloat16 arrays, JAX's or NumPy's, or what `named_tensors` takes for them.
         tokenizer: a folder whose tokenizer files are copied; if it has a config.json, the ids
             of special tokens and the longest context are taken over from it.
         max_position_embeddings: the longest context, which programs that read the folder allow.
         max_file_bytes: tensors beyond this go to another file.
+        finish: adds what else belongs into the folder, which it is given, once all other files are there.
 
     Raises:
         ConfigError: the tree is no model of the Llama family.
@@ -103,7 +114,7 @@ def save_huggingface(
     """
     raw = config_to_huggingface(cfg)
     flat = flatten_params(params)
-    tensors = dict(_tensors(_infos(cfg), flat))
+    tensors = {name: named.tensor for name, named in named_tensors(cfg, flat, HUGGINGFACE_NAMES).items()}
     raw["torch_dtype"] = str(flat["embedding.weight"].dtype)
     tokenizer = None if tokenizer is None else Path(tokenizer)
     if tokenizer is not None and (tokenizer / CONFIG_FILE).is_file():
@@ -111,7 +122,14 @@ def save_huggingface(
         raw |= {name: facts[name] for name in _OF_TOKENIZER if name in facts}
     if max_position_embeddings is not None:
         raw["max_position_embeddings"] = max_position_embeddings
-    save_folder(Path(directory).absolute(), raw, tensors, tokenizer=tokenizer, max_file_bytes=max_file_bytes)
+    save_folder(
+        Path(directory).absolute(),
+        raw,
+        tensors,
+        tokenizer=tokenizer,
+        max_file_bytes=max_file_bytes,
+        finish=finish,
+    )
 
 
 def read_params(
@@ -142,6 +160,43 @@ def read_params(
             "Take both from one model."
         )
     return unflatten_params({info.path: _read(info, tensors, names) for info in infos})
+
+
+def named_tensors(
+    cfg: CausalLMConfig, flat: Mapping[str, Any], names: Mapping[str, str]
+) -> dict[str, NamedTensor]:
+    """The tensors that another form has of a model's parameters, each made when it is read: what `read_params` takes.
+
+    Those of one parameter follow each other.
+
+    Args:
+        cfg: the config tree.
+        flat: the parameters by path, layers stacked: arrays, or what gives a shape, a dtype, and an array when it is
+            asked for one or, where layers are stacked, for that of a layer.
+        names: as for `read_params`.
+
+    Raises:
+        CheckpointError: a parameter is missing, unknown, of another shape, or of a dtype that other forms do not have.
+    """
+    infos = _infos(cfg)
+    wanted = {info.path for info in infos}
+    for path in sorted(wanted ^ flat.keys()):
+        problem = "is missing from the parameters" if path in wanted else "is no parameter of the model"
+        raise CheckpointError(f"{path} {problem}. Give the parameters and the config of one model.")
+    tensors = {}
+    for info in infos:
+        value = flat[info.path]
+        if tuple(value.shape) != info.shape or str(value.dtype) not in ("float32", "float16", "bfloat16"):
+            raise CheckpointError(
+                f"{info.path} is {value.dtype}{list(value.shape)}; it must be {list(info.shape)} in float32, float16 "
+                "or bfloat16. Give the parameters and the config of one model."
+            )
+        for i, name in enumerate(_names(info, names)):
+            layer = i if info.stacked else None
+            read = functools.partial(_layer, value, layer, _is_transposed(info))
+            tensor = StoredTensor(_their_shape(info), np.dtype(value.dtype), read)
+            tensors[name] = NamedTensor(info.path, layer, tensor)
+    return tensors
 
 
 def _infos(cfg: CausalLMConfig) -> list[ParameterInfo]:
@@ -211,28 +266,6 @@ def _require_tied(directory: Path, embedding: np.ndarray, head: np.ndarray) -> N
             f"{directory}: {CONFIG_FILE} says tie_word_embeddings, but {_TIED_HEAD} differs from the embedding. "
             f"Set tie_word_embeddings to false, or remove {_TIED_HEAD}."
         )
-
-
-def _tensors(infos: list[ParameterInfo], flat: Mapping[str, Any]) -> Iterator[tuple[str, StoredTensor]]:
-    """Their tensors of our parameters, each made when it is read.
-
-    Raises:
-        CheckpointError: a parameter is missing, unknown, of another shape, or of a dtype that they do not have.
-    """
-    wanted = {info.path for info in infos}
-    for path in sorted(wanted ^ flat.keys()):
-        problem = "is missing from the parameters" if path in wanted else "is no parameter of the model"
-        raise CheckpointError(f"{path} {problem}. Give the parameters and the config of one model.")
-    for info in infos:
-        value = flat[info.path]
-        if tuple(value.shape) != info.shape or str(value.dtype) not in ("float32", "float16", "bfloat16"):
-            raise CheckpointError(
-                f"{info.path} is {value.dtype}{list(value.shape)}; it must be {list(info.shape)} in float32, float16 "
-                "or bfloat16. Give the parameters and the config of one model."
-            )
-        for i, name in enumerate(_names(info, _NAMES)):
-            read = functools.partial(_layer, value, i if info.stacked else None, _is_transposed(info))
-            yield name, StoredTensor(_their_shape(info), np.dtype(value.dtype), read)
 
 
 def _layer(value: Any, layer: int | None, transposed: bool) -> np.ndarray:
