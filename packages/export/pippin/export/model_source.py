@@ -19,7 +19,7 @@ from pippin.core.tokenizer import load_tokenizer
 from pippin.export.compress.recipes import recipe
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.model_files import open_model
-from pippin.layers.unrolled import unrolled
+from pippin.layers.quant.settle import settled
 from pippin.v1 import model_pb2
 
 
@@ -51,13 +51,15 @@ def open_source(path: str | Path) -> ModelSource:
             f"{bundle.directory} holds a {component_name(type(cfg))}; only a CausalLM is exported. Give the directory of a "
             "language model."
         )
-    read = _Read(bundle)
+    read: Mapping[str, Any] = _Read(bundle)
     if bundle.quantized:
         stored = bundle.quantized
         params = {name: stored[name] if name in stored else read[name] for name in bundle.weights}
     else:
-        cfg, nested = unrolled(cfg, bundle.params())
+        cfg, nested = settled(cfg, bundle.params())
         params = flatten_params(nested)
+        if not all(isinstance(values, np.ndarray) for values in params.values()):
+            read = _Floats(params)  # what weights were rounded to in training
     directory = bundle.directory
     return ModelSource(
         name=directory.stem if directory.is_file() else directory.name,

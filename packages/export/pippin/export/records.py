@@ -47,7 +47,9 @@ def export_manifest(
         target=target, model_signature=signature, recipe=recipe, context_length=context_length
     )
     message.weights.extend(sorted(weights, key=lambda weight: weight.name))
-    message.bits_per_weight = 8 * sum(w.bytes for w in message.weights) / sum(w.count for w in message.weights)
+    message.bits_per_weight = (
+        8 * sum(w.bytes for w in message.weights) / sum(w.count for w in message.weights)
+    )
     message.provenance.CopyFrom(provenance(source=source))
     return message
 

@@ -191,14 +191,15 @@ def _tokenizer(model: Bundle, *, needed: bool) -> Any:
 def _perplexities(
     cfg: RecipeConfig, model: Bundle, params: Any, result: Compressed, tokenizer: Any, bars: Bars
 ) -> str:
+    from pippin.export.compress.compress import floats
     from pippin.export.compress.evaluate import Evaluator
     from pippin.export.compress.text import batches, evaluation_text
-    from pippin.layers.unrolled import unrolled
+    from pippin.layers.quant.settle import settled
 
     evaluator = Evaluator(result.component, batches(cfg.evaluation, evaluation_text(), tokenizer))
-    _, before = unrolled(model.component, params)  # type: ignore[arg-type]
+    _, before = settled(model.component, params)  # type: ignore[arg-type]
     found = []
-    for what, of in (("before", before), ("after", result.floats())):
+    for what, of in (("before", floats(before)), ("after", result.floats())):
         done = 0
 
         def advance(what: str = what) -> None:

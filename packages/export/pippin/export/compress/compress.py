@@ -27,7 +27,7 @@ from pippin.export.compress.palettize import require_float16
 from pippin.export.compress.scaled import Scaler
 from pippin.export.compress.sensitivity import importance, options
 from pippin.layers.causal_lm_config import CausalLMConfig
-from pippin.layers.unrolled import unrolled
+from pippin.layers.quant.settle import settled
 
 Progress = Callable[[str, int, int], None]  # (what is done, how far, of how much)
 
@@ -56,10 +56,13 @@ class Compressed:
 
     def floats(self) -> Params:
         """The parameters as the floats that they stand for."""
-        flat = flatten_params(self.params)
-        return unflatten_params(
-            {n: v.dequantized() if isinstance(v, Palettized | Scaled) else v for n, v in flat.items()}
-        )
+        return floats(self.params)
+
+
+def floats(params: Mapping[str, Any]) -> Params:
+    """Parameters with the floats that compressed weights stand for."""
+    flat = flatten_params(params)
+    return unflatten_params({n: v.dequantized() if _is_stored(v) else v for n, v in flat.items()})
 
 
 def needs_calibration(recipe: RecipeConfig) -> bool:
@@ -77,11 +80,11 @@ def compress(
     batches: Sequence[Batch] = (),
     progress: Progress = lambda *_: None,
 ) -> Compressed:
-    """A model with its weights compressed.
+    """A model with its weights compressed. Weights that were rounded in training stay what they were rounded to.
 
     Args:
         cfg: the model's config, as it is stored.
-        params: its parameters, of floats.
+        params: its parameters, of floats but for those that are compressed already, which stay as they are.
         recipe: how.
         batches: of calibration text, where the recipe needs it.
         progress: told of each step.
@@ -91,12 +94,16 @@ def compress(
         QuantizationError: a weight cannot be compressed so.
     """
     for name, values in flatten_params(params).items():
-        require_float16(name, np.asarray(values))
+        if not _is_stored(values):
+            require_float16(name, np.asarray(values))
     statistics = {}
     if needs_calibration(recipe):
-        statistics = _calibrated(cfg, params, batches, progress)
-    component, tree = unrolled(cfg, params)
-    flat = {name: np.asarray(values) for name, values in flatten_params(tree).items()}
+        statistics = _calibrated(cfg, floats(params), batches, progress)
+    component, tree = settled(cfg, params)
+    flat = {
+        name: values if _is_stored(values) else np.asarray(values)
+        for name, values in flatten_params(tree).items()
+    }
     infos = flatten_params(parameter_infos(nnx.eval_shape(lambda: component.build(rngs=nnx.Rngs(0)))))
     roles = {name: _role(infos[name]) for name in flat}
     chosen = _chosen(recipe, roles, flat, statistics, progress)
@@ -138,6 +145,11 @@ def _role(info: ParameterInfo) -> str:
     return OTHER
 
 
+def _is_stored(values: Any) -> bool:
+    """Whether a weight is compressed already."""
+    return isinstance(values, Palettized | Scaled)
+
+
 def _kind(info: ParameterInfo, role: str) -> str:
     for kind in ("attention", "feed_forward", "router"):
         if kind in info.provides:
@@ -148,7 +160,7 @@ def _kind(info: ParameterInfo, role: str) -> str:
 def _chosen(
     recipe: RecipeConfig,
     roles: Mapping[str, str],
-    flat: Mapping[str, np.ndarray],
+    flat: Mapping[str, Any],
     statistics: Mapping[str, LinearStatistics],
     progress: Progress,
 ) -> dict[str, Any]:
@@ -156,9 +168,9 @@ def _chosen(
     linear = recipe.linear
     of_role = {"linear": linear, EMBEDDING: recipe.embedding, HEAD: recipe.head, OTHER: Float16Config()}
     chosen = {name: of_role[role] for name, role in roles.items()}
-    if not isinstance(linear, MixedPaletteConfig):
+    names = [name for name, role in roles.items() if role == "linear" and not _is_stored(flat[name])]
+    if not isinstance(linear, MixedPaletteConfig) or not names:
         return chosen
-    names = [name for name, role in roles.items() if role == "linear"]
     found = {}
     for i, name in enumerate(names):
         progress("measuring", i, len(names))
@@ -176,9 +188,11 @@ def _chosen(
 
 
 def _compressed(
-    name: str, values: np.ndarray, cfg: Any, role: str, statistics: Mapping[str, LinearStatistics]
+    name: str, values: Any, cfg: Any, role: str, statistics: Mapping[str, LinearStatistics]
 ) -> QuantizedArray | np.ndarray:
     of_map = statistics.get(name.removesuffix(".weight"))
+    if _is_stored(values):
+        return values
     match cfg:
         case PaletteConfig():
             return cfg.build().compress(name, values, importance(of_map, cfg.weighting))

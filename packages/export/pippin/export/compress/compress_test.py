@@ -15,6 +15,8 @@ from pippin.export.compress.text import batches, calibration_text
 from pippin.layers.feed_forward_config import FeedForwardConfig
 from pippin.layers.linear_config import lora
 from pippin.layers.moe_config import MoEConfig
+from pippin.layers.quant.fake_quant_config import fake_quantized
+from pippin.layers.quant.settle import settled
 from pippin.layers.unrolled import unrolled
 
 
@@ -117,3 +119,18 @@ def test_what_cannot_be_is_refused(tmp_path):
         compress(cfg, unflatten_params(flat), recipe("int8"))
     with pytest.raises(ConfigError, match="no recipe 'paletize_4bit'.*did you mean 'palettize_4bit'"):
         recipe("paletize_4bit")
+
+
+@pytest.mark.parametrize("name", ["float16", "mixed_3_7"])
+def test_weights_that_were_rounded_in_training_stay_what_they_were_rounded_to(tmp_path, name):
+    cfg = fake_quantized(bits=2, embedding_bits=4, int8_cache=False)(tiny_config())
+    params = random_params(cfg)
+    text = batches(
+        TextConfig(tokens=64, sequence_length=32), calibration_text(), make_tokenizer(tmp_path / "t")
+    )
+    found = compress(cfg, params, recipe(name), text)
+    stored = flatten_params(found.params)
+    for path, values in flatten_params(settled(cfg, params)[1]).items():
+        if isinstance(values, Palettized):
+            assert np.array_equal(stored[path].dequantized(), values.dequantized())
+    assert {w.bits for w in found.weights} == {2, 4, 16}
