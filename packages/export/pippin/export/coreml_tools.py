@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 _NOT_NOW = ("tensorflow", "torch", "sklearn")
 
@@ -18,7 +19,8 @@ sys.modules.update(dict.fromkeys(_NOT_NOW))  # type: ignore[arg-type]  None: as 
 _logger.setLevel(logging.ERROR)
 try:
     import coremltools as ct
-    from coremltools.converters.mil import Builder, mil
+    from coremltools.converters.mil import Builder as _Builder
+    from coremltools.converters.mil import mil
     from coremltools.converters.mil.backend.mil.load import load as load_program
     from coremltools.converters.mil.mil import types
     from coremltools.converters.mil.mil.types.type_mapping import nptype_from_builtin, string_to_builtin
@@ -28,6 +30,8 @@ finally:
     for _name in _NOT_NOW:
         del sys.modules[_name]
     sys.modules.update(_there)
+
+Builder: Any = _Builder  # it gets its operations as they are declared, when it is imported
 
 __all__ = [
     "Builder",

@@ -24,6 +24,7 @@ from pippin.export.report import report_page
 from pippin.export.summary import summary_text
 from pippin.export.swift.swift_package import write_swift_package
 from pippin.layers.adapter import unrolled_maps
+from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.named_models import find_model
 from pippin.v1 import export_pb2 as pb
 
@@ -159,7 +160,9 @@ def _write_adapters(
     """Writes adapters as the program takes them: NAME.bin, float16 in the order of the manifest's layout."""
     for directory in directories:
         adapter = load_adapter(directory)
-        maps = unrolled_maps(source.bundle.component, unflatten_params(source.bundle.weights), adapter.maps())
+        cfg = source.bundle.component
+        assert isinstance(cfg, CausalLMConfig)  # or it would not have been opened
+        maps = unrolled_maps(cfg, unflatten_params(source.bundle.weights), adapter.maps())
         flat = packed_adapter(adapter, maps, exported.adapter)
         folder = places.folder / ADAPTERS
         folder.mkdir(exist_ok=True)

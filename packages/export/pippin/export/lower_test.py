@@ -91,7 +91,7 @@ def test_compressed_weights_go_in_as_they_are(tmp_path):
         scales = rng.uniform(0.1, 0.3, blocks) / most
         return Scaled(rng.integers(-most, most + 1, shape).astype(np.int8), scales.astype(np.float16), bits)
 
-    params = dict(made.flat)
+    params: dict = dict(made.flat)
     for layer in "01":
         for name, make in {
             "attention.q_proj": lambda s: palette(s, 4, (1, s[1] // 16)),

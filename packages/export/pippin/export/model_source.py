@@ -53,10 +53,8 @@ def open_source(path: str | Path) -> ModelSource:
         )
     read = _Read(bundle)
     if bundle.quantized:
-        compressed = frozenset(bundle.quantized)  # asking the mapping itself would read each
-        params = {
-            name: bundle.quantized[name] if name in compressed else read[name] for name in bundle.weights
-        }
+        stored = bundle.quantized
+        params = {name: stored[name] if name in stored else read[name] for name in bundle.weights}
     else:
         cfg, nested = unrolled(cfg, bundle.params())
         params = flatten_params(nested)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import uuid
 from pathlib import Path
+from typing import Any
 
 from pippin.core import manifest
-from pippin.export.coreml_tools import Model_pb2, ct, load_program
+from pippin.export.coreml_tools import ct, load_program
 from pippin.export.lower import Lowered
 from pippin.export.output import Places
 from pippin.v1 import export_pb2 as pb
@@ -64,7 +65,7 @@ def user_metadata(exported: pb.ExportManifest, name: str) -> dict[str, str]:
     }
 
 
-def _describe(spec: Model_pb2.Model, metadata: dict[str, str], description: str) -> None:
+def _describe(spec: Any, metadata: dict[str, str], description: str) -> None:
     facts = spec.description.metadata
     facts.Clear()
     facts.shortDescription = description
