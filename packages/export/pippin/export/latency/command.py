@@ -93,7 +93,7 @@ def table(decode: Sequence[Operation], prefill: Sequence[Operation], tokens: int
         )
     lines.append(
         f"Estimates, measured on no device: {BANDWIDTH_SHARE:.0%} of the published bandwidth, and {COMPUTE_SHARE:.0%} of the "
-        "Neural Engine's float16 operations."
+        "Neural Engine's float16 operations. What it takes to start an operation is not counted: small models take longer."
     )
     return "\n".join(lines)
 

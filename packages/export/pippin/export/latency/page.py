@@ -87,7 +87,8 @@ def latency_page(title: str, steps: Mapping[str, Sequence[Operation]]) -> str:
 <html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>
 <h1>{html.escape(title)}</h1>
 <p>Estimates, measured on no device: of each operation the longer of its memory's time and its arithmetic's, at
-{BANDWIDTH_SHARE:.0%} of the bandwidth and {COMPUTE_SHARE:.0%} of the operations a second that are published of a chip.</p>
+{BANDWIDTH_SHARE:.0%} of the bandwidth and {COMPUTE_SHARE:.0%} of the operations a second that are published of a chip. What it takes
+to start an operation is not counted: small models take longer.</p>
 <p><select id="chip">{chips}</select><select id="step">{_options(list(steps))}</select>
 by <select id="by"><option>kind</option><option>layer</option></select> in all <b id="total"></b></p>
 <table><thead><tr><th>operation (click)</th><th>bits/weight</th><th>MB</th><th>MFLOP</th><th>ms</th>
