@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace) -> str:
         ),
     }
     if args.out is not None:
-        write_atomic(args.out, latency_page(f"{args.model} on Apple's chips", steps))
+        write_atomic(args.out, latency_page(f"{Path(args.model).name} on Apple's chips", steps))
     decode, prefill = steps.values()
     return table(decode, prefill, args.prefill)
 
