@@ -18,11 +18,12 @@ from pippin.export.display import Display
 from pippin.export.lower import Lowered, Sizes, lower
 from pippin.export.lower_emitter import require_rules
 from pippin.export.model_source import ModelSource, compressed, open_source
-from pippin.export.output import Places, new_export, require_free, write_manifest, write_tokenizer
+from pippin.export.output import TOKENIZER, Places, new_export, require_free, write_manifest, write_tokenizer
 from pippin.export.package import user_metadata, write_package
 from pippin.export.report import report_page
 from pippin.export.summary import summary_text
 from pippin.export.swift.swift_package import write_swift_package
+from pippin.export.tokenizer_json import write_tokenizer_json
 from pippin.layers.adapter import unrolled_maps
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.named_models import find_model
@@ -86,6 +87,7 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
             display.step("store the weights")
             write_package(places, lowered, user_metadata(exported, source.name), _one_line(source))
             write_tokenizer(source.tokenizer, places)
+            write_tokenizer_json(places.folder / TOKENIZER)
             if options.recipe:
                 source = _kept(source, places)
             _write_adapters(places, options.adapters, source, exported)
