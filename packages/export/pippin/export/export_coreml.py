@@ -12,6 +12,7 @@ import numpy as np
 from pippin.core import manifest
 from pippin.core.adapter import load_adapter
 from pippin.core.bundle import load_bundle, save_bundle
+from pippin.core.errors import ConfigError
 from pippin.core.module import unflatten_params
 from pippin.export.adapter_layout import packed_adapter
 from pippin.export.display import Display
@@ -43,6 +44,14 @@ class Options(Sizes):
     recipe: str = ""  # that weights are compressed by; "": they are stored as they are
     perplexity_tokens: int = 0  # of the text that perplexity is measured on; 0: it is not measured
     verify_steps: int = 0  # tokens that the package and the model decode side by side; 0: they do not
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.perplexity_tokens < 0 or self.verify_steps < 0:
+            raise ConfigError(
+                f"perplexity is to be measured on {self.perplexity_tokens} tokens, and {self.verify_steps} are to be decoded "
+                "to verify; both must be 0, for not at all, or more."
+            )
 
     @property
     def num_steps(self) -> int:
