@@ -27,7 +27,7 @@ def write_tokenizer_json(folder: Path) -> bool:
         return False
     from sentencepiece import sentencepiece_model_pb2 as sp
 
-    model = sp.ModelProto.FromString((folder / _MODEL).read_bytes())
+    model = sp.ModelProto.FromString((folder / _MODEL).read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
     text = json.dumps(_tokenizer(model, sp), ensure_ascii=False, indent=1) + "\n"
     if not _agree(load_tokenizer(folder), text):
         return False
