@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         "Llama family, or the name of a fetched model",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="X.aimodel", help="a new program")
-    parser.add_argument("--recipe", default="", help="compresses the weights, as //packages/export:compress does")
+    parser.add_argument(
+        "--recipe", default="", help="compresses the weights, as //packages/export:compress does"
+    )
     parser.add_argument(
         "--context",
         type=int,

@@ -52,7 +52,9 @@ def _rms_norm(e: Emitter, cfg: RMSNormConfig, path: str, x: Value) -> Value:
     wide = ops.cast(x, np.float32) if e.dtype is np.float16 else x
     last = len(x.type.shape) - 1
     squares = ops.reduce_mean(ops.broadcasting_mul(wide, wide), [last])
-    eps = e.once(f"eps_{cfg.eps}", lambda: e.weights.constant(f"eps_{cfg.eps}", np.array(cfg.eps, np.float32)))
+    eps = e.once(
+        f"eps_{cfg.eps}", lambda: e.weights.constant(f"eps_{cfg.eps}", np.array(cfg.eps, np.float32))
+    )
     normal = ops.broadcasting_mul(wide, ops.rsqrt(ops.broadcasting_add(squares, eps)))
     scale = e.weights.dense(f"{path}.scale")
     normal = ops.broadcasting_mul(normal, ops.cast(scale, np.float32))
@@ -104,6 +106,4 @@ def _causal_lm(e: Emitter, cfg: CausalLMConfig, path: str, ids: Value) -> Value:
         logits = transposed(ops.batch_matmul(e.weight("embedding.weight"), columns), [1, 0])
     if (cap := cfg.logit_soft_cap) is None:
         return logits
-    return ops.broadcasting_mul(
-        ops.tanh(ops.broadcasting_mul(logits, e.number(1 / cap))), e.number(cap)
-    )
+    return ops.broadcasting_mul(ops.tanh(ops.broadcasting_mul(logits, e.number(1 / cap))), e.number(cap))

@@ -152,7 +152,9 @@ def test_core_mls_package_computes_the_same(tmp_path: Path) -> None:
 
 def test_a_component_without_a_rule_is_named() -> None:
     cfg = override(t.TINY, {"decoder.layer.feed_forward": c.MoEConfig(num_experts=2, hidden_dim=8)})
-    with pytest.raises(ConfigError, match=r"no rule that writes .*MoE.* for Core AI\. Rules are there for ALiBi, "):
+    with pytest.raises(
+        ConfigError, match=r"no rule that writes .*MoE.* for Core AI\. Rules are there for ALiBi, "
+    ):
         lower_coreai(cfg, {}, t.SIZES)
 
 
@@ -179,7 +181,10 @@ def test_the_command_writes_a_program_and_checks_it(
     for arguments, problem in (
         (["--out", "x.aimodel"], "x.aimodel is there already. Remove it"),
         (["--out", "x.mlmodel"], "does not end in .aimodel"),
-        (["--out", "y.aimodel", "--precision", "int3"], "there is no precision 'int3'. Choose one of float16"),
+        (
+            ["--out", "y.aimodel", "--precision", "int3"],
+            "there is no precision 'int3'. Choose one of float16",
+        ),
         (["--out", "y.aimodel", "--context", "30"], "it must be a multiple of 32"),
     ):
         assert main(["--model", "bundle", *arguments]) == 2

@@ -61,7 +61,7 @@ class Constants:
             self._stored[name] = (
                 _packed(values, bits) if packed else create_constant_attr(np.ascontiguousarray(values))
             )
-        return Value._from_mlir(ConstantOp(value=self._stored[name]).result)  # noqa: SLF001
+        return Value._from_mlir(ConstantOp(value=self._stored[name]).result)
 
 
 class Function:

@@ -40,7 +40,9 @@ class Options(Sizes):
 
     precision: str = "float16"  # that is computed in; weights, states and logits are float16 either way
     recipe: str = ""  # that weights are compressed by; "": they are stored as they are
-    check_steps: int = 0  # greedy tokens that the saved program is held against the model with; 0: it is not run
+    check_steps: int = (
+        0  # greedy tokens that the saved program is held against the model with; 0: it is not run
+    )
 
     @property
     def num_steps(self) -> int:

@@ -14,8 +14,9 @@ import numpy as np
 
 from pippin.core.errors import CheckpointError, ConfigError, PippinError
 from pippin.core.manifest import describe_file, new_directory, sync
-from pippin.export.records import export_manifest, require_new, require_room, write_export_manifest
+from pippin.export.output import require_room
 from pippin.export.progress import Advance, bytes_progress, no_progress
+from pippin.export.records import export_manifest, require_new, write_export_manifest
 from pippin.export.stacked_model import StackedModel, path_of_layer, stacked_model
 from pippin.v1 import export_pb2 as pb
 
@@ -185,9 +186,7 @@ def _write(
         if key != "general.architecture":  # which the writer has added
             _add(writer, key, value)
     for name, values in extra.items():
-        writer.add_tensor_info(
-            name, values.shape, values.dtype, values.nbytes, gguf.GGMLQuantizationType.F32
-        )
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes, gguf.GGMLQuantizationType.F32)
     for name, named in tensors.items():
         shape, kind = named.tensor.shape, types[name]
         # The dtype that the library asks for is one that it does not make the shape from.
@@ -223,7 +222,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="gguf", description="Writes a model of the Llama family as a GGUF file, which llama.cpp runs."
     )
     parser.add_argument(
-        "--model", required=True, help="a training run, a bundle, a Hugging Face folder, a GGUF file, or a name"
+        "--model",
+        required=True,
+        help="a training run, a bundle, a Hugging Face folder, a GGUF file, or a name",
     )
     parser.add_argument("--out", required=True, type=Path, help=f"a new file that ends in {SUFFIX}")
     parser.add_argument(

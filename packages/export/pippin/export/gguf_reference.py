@@ -28,7 +28,13 @@ def answer(path, prompts, new_tokens, texts):
     params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = llama.Server(params)
-    asked = {"n_predict": new_tokens, "temperature": 0, "n_probs": 1, "return_tokens": True, "cache_prompt": False}
+    asked = {
+        "n_predict": new_tokens,
+        "temperature": 0,
+        "n_probs": 1,
+        "return_tokens": True,
+        "cache_prompt": False,
+    }
     at = server.listening_address
     said = [ask(at, "completion", asked | {"prompt": prompt}) for prompt in prompts]
     asked = {"add_special": False, "parse_special": False}

@@ -14,13 +14,9 @@ import numpy as np
 
 from pippin.core.errors import PippinError
 from pippin.core.manifest import describe_file
-from pippin.export.records import (
-    export_manifest,
-    require_new,
-    require_room,
-    write_export_manifest,
-)
+from pippin.export.output import require_room
 from pippin.export.progress import Advance, bytes_progress, no_progress
+from pippin.export.records import export_manifest, require_new, write_export_manifest
 from pippin.export.stacked_model import DTYPES, LazyArray, StackedModel, path_of_layer, stacked_model
 from pippin.v1 import export_pb2 as pb
 
@@ -129,10 +125,13 @@ def _watched(array: LazyArray, advance: Advance) -> LazyArray:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="huggingface", description="Writes a model of the Llama family as a folder that transformers loads."
+        prog="huggingface",
+        description="Writes a model of the Llama family as a folder that transformers loads.",
     )
     parser.add_argument(
-        "--model", required=True, help="a training run, a bundle, a Hugging Face folder, a GGUF file, or a name"
+        "--model",
+        required=True,
+        help="a training run, a bundle, a Hugging Face folder, a GGUF file, or a name",
     )
     parser.add_argument("--out", required=True, type=Path, help="a new folder")
     parser.add_argument("--dtype", choices=DTYPES, help="the type of the weights (default: as they are)")

@@ -52,7 +52,9 @@ def test_logits_are_ours(name: str, exported: Path) -> None:
             lambda a: a.astype(np.float32), load_huggingface(exported / f"{name}-{dtype}").params
         )
         ours, theirs = np.asarray(run(params, _TOKENS)), np.load(exported / f"{name}-{dtype}.npy")
-        print(f"{name} {dtype}: logits differ by {np.abs(ours - theirs).max():.1e} of {np.abs(ours).max():.0f}")
+        print(
+            f"{name} {dtype}: logits differ by {np.abs(ours - theirs).max():.1e} of {np.abs(ours).max():.0f}"
+        )
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=_TOLERANCE)
 
 

@@ -92,9 +92,7 @@ def stacked_model(bundle: Bundle) -> StackedModel:
     parameters = (
         _joined(bundle.weights)
         if apart
-        else {
-            path: LazyArray(path, t.shape, t.dtype, last.reader(t)) for path, t in bundle.weights.items()
-        }
+        else {path: LazyArray(path, t.shape, t.dtype, last.reader(t)) for path, t in bundle.weights.items()}
     )
     return StackedModel(
         stacked, parameters, bundle.tokenizer, signature(_Arrays(bundle.weights)), bundle.quantization_recipe
@@ -151,7 +149,7 @@ class _Arrays(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         return np.asarray(self._tensors[name].read())
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self):
         return iter(self._tensors)
 
     def __len__(self) -> int:

@@ -22,9 +22,7 @@ VOCAB_SIZE = 416
 
 _TEXT = "def main():\n    return 12345  # it's the tail, isn't it? Ünïcödé 日本語\r\n\n\n"
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-)
+TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
