@@ -12,17 +12,19 @@ import numpy as np
 from pippin.core import manifest
 from pippin.core.adapter import load_adapter
 from pippin.core.bundle import load_bundle, save_bundle
+from pippin.core.errors import ConfigError
 from pippin.core.module import unflatten_params
 from pippin.export.adapter_layout import packed_adapter
 from pippin.export.display import Display
 from pippin.export.lower import Lowered, Sizes, lower
 from pippin.export.lower_emitter import require_rules
 from pippin.export.model_source import ModelSource, compressed, open_source
-from pippin.export.output import Places, new_export, require_free, write_manifest, write_tokenizer
+from pippin.export.output import TOKENIZER, Places, new_export, require_free, write_manifest, write_tokenizer
 from pippin.export.package import user_metadata, write_package
 from pippin.export.report import report_page
 from pippin.export.summary import summary_text
 from pippin.export.swift.swift_package import write_swift_package
+from pippin.export.tokenizer_json import write_tokenizer_json
 from pippin.layers.adapter import unrolled_maps
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.named_models import find_model
@@ -42,6 +44,14 @@ class Options(Sizes):
     recipe: str = ""  # that weights are compressed by; "": they are stored as they are
     perplexity_tokens: int = 0  # of the text that perplexity is measured on; 0: it is not measured
     verify_steps: int = 0  # tokens that the package and the model decode side by side; 0: they do not
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.perplexity_tokens < 0 or self.verify_steps < 0:
+            raise ConfigError(
+                f"perplexity is to be measured on {self.perplexity_tokens} tokens, and {self.verify_steps} are to be decoded "
+                "to verify; both must be 0, for not at all, or more."
+            )
 
     @property
     def num_steps(self) -> int:
@@ -86,6 +96,7 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
             display.step("store the weights")
             write_package(places, lowered, user_metadata(exported, source.name), _one_line(source))
             write_tokenizer(source.tokenizer, places)
+            write_tokenizer_json(places.folder / TOKENIZER)
             if options.recipe:
                 source = _kept(source, places)
             _write_adapters(places, options.adapters, source, exported)

@@ -180,6 +180,7 @@ def test_mistakes_are_told_without_a_stack_trace(bundle, tmp_path, capsys):
         (["--model", str(bundle), "--out", str(tmp_path / "there.mlpackage")], "is there already"),
         (["--model", str(bundle), "--out", "x.mlpackage", "--context", "100"], "multiple of 32"),
         (["--model", str(bundle), "--out", "x.mlpackage", "--recipe", "int9"], "there is no recipe 'int9'"),
+        (["--model", str(bundle), "--out", "x.mlpackage", "--verify-steps", "-1"], "both must be 0"),
         (["--model", str(bundle), "--out", "x.mlpackage", "--recipe", "palettize_4bit"], "has no tokenizer"),
     ):
         assert coreml.main(arguments) == 2

@@ -44,7 +44,7 @@ def tiny_config() -> CausalLMConfig:
     )
 
 
-def tiny_export(folder: Path, *, compressed: bool, seed: int = 0) -> TinyExport:
+def tiny_export(folder: Path, *, compressed: bool, seed: int = 0, adapter_rank: int = 0) -> TinyExport:
     """Writes a model of random weights, and its package."""
     cfg = tiny_config()
     _, params = split(cfg.build(rngs=nnx.Rngs(seed)))
@@ -54,7 +54,9 @@ def tiny_export(folder: Path, *, compressed: bool, seed: int = 0) -> TinyExport:
         flat = {name: _compressed(name, values) for name, values in flat.items()}
     model = save_bundle(folder / "model", cfg, unflatten_params(flat))
     package = folder / "tiny.mlpackage"
-    export_coreml(model, package, Options(context_length=CONTEXT, prefill_length=PREFILL))
+    export_coreml(
+        model, package, Options(context_length=CONTEXT, prefill_length=PREFILL, adapter_rank=adapter_rank)
+    )
     return TinyExport(model, Places.of(package))
 
 

@@ -1,4 +1,4 @@
-"""Golden vectors: what the interpreter computed, written beside a package for a check on a device.
+"""Golden vectors: what a package's program means, computed without rounding in between, for a check on a device.
 
 X/golden.npz             per call its function, ids, position, mask, and the logits after its last token; of the states
                          at the end their sums and their SHA-256
@@ -60,7 +60,7 @@ def record(
         places: of the package.
         exported: its manifest, which is written last, whole.
         parity: what was measured.
-        runner: that read a text, whose calls are recorded.
+        runner: that read a text in the exact mode, whose calls are recorded.
         name: of the model, as people know it.
     """
     exported.parity.CopyFrom(parity)

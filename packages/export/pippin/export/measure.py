@@ -13,7 +13,7 @@ from pippin.core.tokenizer import load_tokenizer
 from pippin.export.compress.config import TextConfig
 from pippin.export.compress.evaluate import Evaluator
 from pippin.export.compress.text import batches, evaluation_text
-from pippin.export.jax_reference import JaxReference
+from pippin.export.jax_reference import stored_reference
 from pippin.export.mil.interpreter import Interpreter, Mode
 from pippin.export.mil.spec import load_program
 from pippin.export.model_source import ModelSource
@@ -79,7 +79,7 @@ def parity(
         done += 1
         progress("verify", done, steps + 2)
 
-    reference = JaxReference(model, length + steps, as_float16=True)
+    reference = stored_reference(model, length + steps)
     return compare(interpreter, reference, prompt, steps, advance)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from pippin.core.bundle import Bundle
 from pippin.core.errors import CheckpointError
 from pippin.core.tokenizer import load_tokenizer
-from pippin.export.jax_reference import JaxReference, cross_entropies
+from pippin.export.jax_reference import JaxReference, cross_entropies, float_reference
 from pippin.export.mil.interpreter import Interpreter, Mode
 from pippin.export.mil.program import Program
 from pippin.export.output import Places
@@ -21,11 +21,12 @@ from pippin.v1 import export_pb2 as pb
 
 # Without rounding between operations there are left: angles and caches that are stored as float16, and a reference
 # that sums in float32. On SmolLM2-135M that comes to 1.5e-2.
-EXACT_BOUND = 2e-2
+# That grows with the logits, as their own last place does.
+BOUND = 2e-2
+EXACT_UNITS = 1
 # With it, the least that can be asked depends on how large logits are: float16 has 11 bits, and each of the results of
 # some ten operations in each of many layers is off by up to half a unit of its last place. Of logits below 4, eight
 # units are less than 2e-2.
-FLOAT16_BOUND = 2e-2
 FLOAT16_UNITS = 8
 BYTES_SHARE = 0.01
 # Constants that are no weights: tables of angles, zeros where a format wants a bias. More than 1% of tiny models.
@@ -57,9 +58,8 @@ class Comparison:
     @property
     def bound(self) -> float:
         """What the error must be below."""
-        if self.mode is Mode.EXACT:
-            return EXACT_BOUND
-        return max(FLOAT16_BOUND, FLOAT16_UNITS * float(np.spacing(np.float16(self.max_logit))))
+        units = EXACT_UNITS if self.mode is Mode.EXACT else FLOAT16_UNITS
+        return max(BOUND, units * float(np.spacing(np.float16(self.max_logit))))
 
 
 def check_files(places: Places, exported: pb.ExportManifest) -> Check:
@@ -121,6 +121,26 @@ def check_bytes(program: Program, exported: pb.ExportManifest) -> Check:
     return Check("bytes of weight files", found, f"within {BYTES_SHARE:.0%}", right)
 
 
+def read_adapter(path: Path, layout: pb.AdapterLayout) -> np.ndarray:
+    """The flat input in the file of an adapter, float16.
+
+    Raises:
+        CheckpointError: there is none, or the package takes adapters of another size, or none.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise CheckpointError(
+            f"the adapter {path} cannot be read: {e.strerror}. Give a file of X/adapters."
+        ) from None
+    if len(data) != 2 * layout.length or not data:
+        raise CheckpointError(
+            f"the adapter {path} has {len(data)} bytes; this package takes {2 * layout.length}. Give an adapter that was "
+            "exported with it, with --adapter."
+        )
+    return np.frombuffer(data, "<f2")
+
+
 def prompt_ids(bundle: Bundle, text: str, count: int) -> list[int]:
     """Ids to verify with: the start of a text, or, of a model without a tokenizer, some that are drawn."""
     if bundle.tokenizer is None:
@@ -139,13 +159,14 @@ def compare(
     prompt: Sequence[int],
     steps: int,
     progress: Callable[[str], None] = lambda _: None,
+    adapter: np.ndarray | None = None,
 ) -> Comparison:
     """Reads a prompt and decodes greedily, and holds all logits against those of the model in JAX.
 
     The model sees the tokens that the package chose: where its own choice is another, the two have parted.
     """
     mode = interpreter.mode.value
-    runner = PackageRunner(interpreter)
+    runner = PackageRunner(interpreter, adapter)
     progress(f"{mode}: read the prompt")
     logits = [runner.extend(prompt)]
     chosen: list[int] = []
@@ -200,7 +221,7 @@ def perplexities(
     """
     size = sizes(interpreter.program)
     window = size.context // size.prefill * size.prefill
-    reference = JaxReference(model, min(window, len(ids)), as_float16=False)
+    reference = float_reference(model, min(window, len(ids)))
     losses: list[list[np.ndarray]] = [[], []]
     for at in range(0, len(ids) - 1, window):
         part = list(ids[at : at + window])

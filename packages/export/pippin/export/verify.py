@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         perplexity_tokens=args.perplexity,
         text=args.text,
         record=args.record,
+        adapter=args.adapter,
     )
     try:
         report = verify_package(request)
@@ -90,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         "--record",
         action="store_true",
         help="writes what was measured into the manifest, and golden vectors for a check on a Mac beside it",
+    )
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="FILE",
+        help="an adapter beside the package, X/adapters/NAME.bin: the model in JAX gets it into its weights",
     )
     return parser
 

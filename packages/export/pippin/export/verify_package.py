@@ -10,7 +10,7 @@ from pippin.core.errors import ConfigError, DataError
 from pippin.export.compress.text import evaluation_text
 from pippin.export.display import Display
 from pippin.export.golden import record
-from pippin.export.jax_reference import JaxReference
+from pippin.export.jax_reference import adapted_reference, stored_reference
 from pippin.export.mil.interpreter import Interpreter, Mode
 from pippin.export.mil.program import Program
 from pippin.export.mil.spec import load_program
@@ -28,6 +28,7 @@ from pippin.export.verification import (
     comparison_checks,
     perplexities,
     prompt_ids,
+    read_adapter,
 )
 from pippin.layers.model_files import open_model
 from pippin.layers.named_models import find_model
@@ -48,6 +49,7 @@ class Request:
     perplexity_tokens: int = 0
     text: Path | None = None
     record: bool = False
+    adapter: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,14 @@ def verify_package(request: Request) -> Report:
         raise ConfigError(
             "the steps must be at least 1, and the tokens of --perplexity not negative. Give such numbers."
         )
+    if request.adapter is not None and (request.record or request.perplexity_tokens):
+        raise ConfigError(
+            "with --adapter there is neither --record nor --perplexity, which are of the bare model. Leave them out."
+        )
+    if request.record and request.mode != "both":
+        raise ConfigError(
+            "--record writes what float16 measured, and vectors of the exact mode. Leave --mode out, or make it both."
+        )
     modes = [mode for mode in Mode if request.mode in (mode.value, "both")]
     windows = -(-request.perplexity_tokens // 64)  # at most
     with_steps = len(modes) * (request.steps + 2)
@@ -94,11 +104,14 @@ def verify_package(request: Request) -> Report:
         text = evaluation_text() if request.text is None else _read(request.text)
         length = _prompt_length(program, request.steps)
         prompt = prompt_ids(source.bundle, text, length)
-        reference = JaxReference(source.bundle, length + request.steps, as_float16=True)
+        adapter, reference = None, stored_reference(source.bundle, length + request.steps)
+        if request.adapter is not None:
+            adapter = read_adapter(request.adapter, exported.adapter)
+            reference = adapted_reference(source, adapter, exported.adapter, length + request.steps)
         comparisons = []
         for mode in modes:
             interpreter = Interpreter(program, mode)
-            comparisons.append(compare(interpreter, reference, prompt, request.steps, display.step))
+            comparisons.append(compare(interpreter, reference, prompt, request.steps, display.step, adapter))
             checks += comparison_checks(comparisons[-1])
         parity = pb.ExportParity(
             max_logit_error=comparisons[0].max_error,
@@ -115,7 +128,7 @@ def verify_package(request: Request) -> Report:
             checks += _perplexity_checks(parity, request.perplexity_tokens)
     report = Report(tuple(checks), parity, _text(places, checks, length, time.monotonic() - began))
     if request.record and report.passed:
-        record(places, exported, parity, comparisons[0].runner, source.name)
+        record(places, exported, parity, comparisons[-1].runner, source.name)
     return report
 
 

@@ -153,8 +153,9 @@ def test_the_bound_of_float16_grows_with_the_logits():
     def bound(mode: Mode, largest: float) -> float:
         return Comparison(mode, 0.0, largest, 0, 0, "", runner=None).bound  # type: ignore[arg-type]
 
-    assert bound(Mode.FLOAT16, 3.9) == bound(Mode.EXACT, 39.0) == 2e-2
+    assert bound(Mode.FLOAT16, 3.9) == bound(Mode.EXACT, 31.0) == 2e-2
     assert bound(Mode.FLOAT16, 39.0) == FLOAT16_UNITS / 32
+    assert bound(Mode.EXACT, 39.0) == 1 / 32
 
 
 def test_what_is_recorded_lies_in_the_manifest_and_is_read_back(copy):
@@ -169,6 +170,11 @@ def test_what_is_recorded_lies_in_the_manifest_and_is_read_back(copy):
         assert golden["tokens"].tolist() == [PREFILL, PREFILL // 2, 1, 1, 1, 1]
         assert golden["position"].tolist() == [0, 16, 24, 25, 26, 27]
         assert golden["logits_0"].shape == (96,) and golden["logits_0"].dtype == np.float16
+
+
+def test_both_modes_are_needed_to_record(export):
+    with pytest.raises(PippinError, match="Leave --mode out, or make it both"):
+        verify_package(request(export, mode="exact", record=True))
 
 
 def test_golden_vectors_are_the_same_each_time(export):
@@ -194,3 +200,40 @@ def test_the_mask_of_padding_is_that_of_tokens_to_come():
     mask = causal_mask(2, 2, 5)
     assert mask.shape == (1, 1, 2, 5) and mask.dtype == np.float16
     assert (mask[0, 0] == 0).tolist() == [[True] * 3 + [False] * 2, [True] * 4 + [False]]
+
+
+@pytest.fixture(scope="module")
+def with_room(tmp_path_factory) -> TinyExport:
+    """A package that takes adapters of rank 4."""
+    return tiny_export(tmp_path_factory.mktemp("export"), compressed=True, adapter_rank=4)
+
+
+def test_an_adapter_is_its_model_with_more_in_its_weights(with_room, tmp_path):
+    layout = read_manifest(with_room.places).adapter
+    flat = np.random.default_rng(0).normal(0, 0.2, layout.length).astype(np.float16)
+    (tmp_path / "some.bin").write_bytes(flat.tobytes())
+    report = verify_package(request(with_room, adapter=tmp_path / "some.bin", steps=8))
+    assert report.passed, report.text
+    bare, adapted = (
+        PackageRunner(Interpreter(load_program(with_room.places.package)), given).extend([1, 2, 3])
+        for given in (None, flat)
+    )
+    assert np.abs(bare - adapted).max() > 0.05
+
+
+def test_an_adapter_of_another_size_is_refused(export, with_room, tmp_path):
+    (tmp_path / "some.bin").write_bytes(bytes(6))
+    for package in (export, with_room):
+        with pytest.raises(PippinError, match="has 6 bytes; this package takes"):
+            verify_package(request(package, adapter=tmp_path / "some.bin"))
+    with pytest.raises(PippinError, match="cannot be read"):
+        verify_package(request(export, adapter=tmp_path / "none.bin"))
+    with pytest.raises(PippinError, match="neither --record nor --perplexity"):
+        verify_package(request(export, adapter=tmp_path / "some.bin", record=True))
+
+
+def test_the_swift_package_and_the_manifest_agree(with_room):
+    exported = read_manifest(with_room.places)
+    facts = (with_room.places.folder / "swift/Sources/PippinModel/ModelFacts.swift").read_text()
+    assert f"adapterLength = {exported.adapter.length}" in facts and f'"{exported.model_signature}"' in facts
+    assert "tiny/swift/Package.swift" in {file.path for file in exported.files}

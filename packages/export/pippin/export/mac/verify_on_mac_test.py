@@ -22,7 +22,7 @@ def export(tmp_path_factory) -> TinyExport:
 
 @pytest.fixture(scope="module")
 def golden(export) -> dict[str, np.ndarray]:
-    runner = PackageRunner(Interpreter(load_program(export.places.package)))
+    runner = PackageRunner(Interpreter(load_program(export.places.package), Mode.EXACT))
     runner.extend(list(range(24)))
     for token in (3, 4, 5):
         runner.extend([token])
@@ -65,14 +65,15 @@ def loader(export, mode, broken=()):
 
 
 def test_what_was_recorded_comes_out_again(export, golden):
-    result = mac.run_unit(golden, loader(export, Mode.FLOAT16), "CPU_ONLY", repeats=1)
-    assert (result.max_error, result.tokens_equal, result.calls, result.state_error) == (0.0, 5, 5, 0.0)
-    assert result.prefill_ms > 0 and result.decode_ms > 0 and mac.passed(result, 1e-9)
+    result = mac.run_unit(golden, loader(export, Mode.EXACT), "CPU_ONLY", repeats=1)
+    assert result.max_error < 2e-3  # the recorded logits are float16
+    assert (result.tokens_equal, result.calls, result.state_error) == (5, 5, 0.0)
+    assert result.prefill_ms > 0 and result.decode_ms > 0 and mac.passed(result, 2e-3)
 
 
 def test_a_runtime_that_rounds_elsewhere_is_within_the_tolerance(export, golden):
-    result = mac.run_unit(golden, loader(export, Mode.EXACT), "CPU_ONLY", repeats=1)
-    assert 0 < result.max_error < mac.TOLERANCE and result.state_error < 1e-2
+    result = mac.run_unit(golden, loader(export, Mode.FLOAT16), "CPU_ONLY", repeats=1)
+    assert 0 < result.max_error < mac.default_tolerance(golden) == 2e-2 and result.state_error < 1e-2
 
 
 def test_a_unit_that_is_wrong_and_one_that_breaks_are_told(export, golden, tmp_path, capsys):
@@ -97,7 +98,8 @@ def test_all_right_is_exit_code_0(export, golden, tmp_path, capsys):
     np.savez(tmp_path / "golden.npz", **golden)
     arguments = ["--golden", str(tmp_path / "golden.npz"), "--units", "ALL", "--repeats", "1"]
     assert mac.main(arguments, loader(export, Mode.FLOAT16)) == 0
-    assert "prefill of 16" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "prefill of 16" in out and "a logit may be off by 0.02" in out
 
 
 def test_nan_is_no_small_error(export, golden):
@@ -113,3 +115,8 @@ def test_the_script_needs_nothing_but_numpy_and_coremltools():
         elif isinstance(node, ast.ImportFrom):
             names.add((node.module or "").partition(".")[0])
     assert names - set(sys.stdlib_module_names) == {"numpy", "coremltools"}
+
+
+def test_the_tolerance_grows_with_the_logits(golden):
+    large = {**golden, "logits_0": np.full_like(golden["logits_0"], 39)}
+    assert mac.default_tolerance(large) == mac.UNITS_OF_LAST_PLACE / 32

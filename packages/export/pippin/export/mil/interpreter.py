@@ -37,6 +37,8 @@ _STATE_OPERATIONS = {
     _WRITE_STATE: ("input", "data"),
 }
 _MAX_CACHED_BYTES = 4 << 30
+# What NumPy, and the lack of a value, raise where a program asks for what cannot be.
+_CANNOT = (ValueError, LookupError, TypeError, ArithmeticError, MemoryError)
 
 
 class Mode(enum.Enum):
@@ -59,9 +61,7 @@ class _Step:
 class _Plan:
     function: Function
     steps: tuple[_Step, ...]
-    constants: Mapping[
-        str, tuple[Operation, int]
-    ]  # a compressed constant -> what makes it, and as which output
+    constants: Mapping[str, tuple[Operation, int]]  # of a compressed constant: what makes it, as which output
 
 
 class Interpreter:
@@ -125,7 +125,7 @@ class Interpreter:
             for step in plan.steps:
                 try:
                     results = self._compute(step, plan, values, state)
-                except (ValueError, IndexError, TypeError) as e:
+                except _CANNOT as e:
                     raise PackageError(f"in the function {function!r}, {step.operation.name}: {e}") from e
                 values |= _declared(results, step.operation, function)
                 for name in step.dead:
@@ -195,7 +195,7 @@ class Interpreter:
             arguments = {p: self._argument(p, names, stored) for p, names in operation.inputs.items()}
             try:
                 results = self._applied(rule(operation.type), arguments)
-            except (ValueError, IndexError, TypeError) as e:
+            except _CANNOT as e:
                 raise PackageError(f"{operation.name}: {e}") from e
             declared = _declared(results, operation, plan.function.name)
             return [self._rounded(tensor) for tensor in declared.values()]
@@ -249,7 +249,7 @@ def _declared(results: list[Tensor], operation: Operation, function: str) -> dic
 
 
 def _plan(function: Function) -> _Plan:
-    constants = {}
+    constants: dict[str, tuple[Operation, int]] = {}
     steps: list[tuple[Operation, Rule | None]] = []
     for operation in function.operations:
         if operation.type in _STATE_OPERATIONS:
@@ -258,6 +258,11 @@ def _plan(function: Function) -> _Plan:
         found = rule(operation.type)
         _check_parameters(operation, found)
         if operation.type.startswith(PREFIX):
+            for name in (n for names in operation.inputs.values() for n in names if isinstance(n, str)):
+                if name not in function.constants and name not in constants:
+                    raise PackageError(
+                        f"{operation.name} takes {name!r}, which only a run knows: it is no constant. Export it again."
+                    )
             constants |= {name: (operation, i) for i, (name, _) in enumerate(operation.outputs)}
         else:
             steps.append((operation, found))

@@ -210,3 +210,15 @@ def test_what_cannot_be_computed_names_its_operation(tmp_path):
         PackageError, match="in the function 'main', gather 'y': it takes place 3 of 3 values"
     ):
         Interpreter(program).run("main", inputs, {})
+
+
+def test_a_compressed_constant_of_what_only_a_run_knows_is_refused(added):
+    def change(operations):
+        operations[-1].type = "constexpr_cast"
+        operations[-1].inputs["source_val"].CopyFrom(operations[-1].inputs["x"])
+        operations[-1].inputs["output_dtype"].CopyFrom(operations[-1].inputs["y"])
+        del operations[-1].inputs["x"], operations[-1].inputs["y"]
+
+    program = edited(added, change)
+    with pytest.raises(PackageError, match="constexpr_cast 'y' takes 'x', which only a run knows"):
+        Interpreter(program)

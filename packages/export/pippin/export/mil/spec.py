@@ -125,9 +125,12 @@ class _Reader:
         operations = []
         for operation in block.operations:
             if operation.type == "const":
-                constants[operation.outputs[0].name] = self._constant(
-                    operation.attributes["val"], operation.outputs[0].name
-                )
+                names = [output.name for output in operation.outputs]
+                if len(names) != 1 or names[0] in constants:
+                    raise PackageError(
+                        f"the function {name!r} has a constant named {names}. Export it again."
+                    )
+                constants[names[0]] = self._constant(operation.attributes["val"], names[0])
             else:
                 operations.append(self._operation(operation))
         _check_names(name, [*inputs, *states, *constants], operations, block.outputs)
