@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from pippin.core.errors import CheckpointError
 from pippin.export.coreai_tools import AIModelAsset, NDArray
-from pippin.export.program_sizes import STATES
+from pippin.export.program_sizes import FUNCTIONS, STATES
 
 
 class CoreAIModel:
@@ -33,7 +34,7 @@ class CoreAIModel:
 
     def __enter__(self) -> CoreAIModel:  # noqa: PYI034  the checks of annotations in tests refuse Self
         model = self._loop.run_until_complete(self._entered.__aenter__())
-        self._functions = {name: model.load_function(name) for name in ("prefill", "decode")}
+        self._functions: dict[str, Any] = {name: model.load_function(name) for name in FUNCTIONS}
         mask = self._functions["prefill"].desc.input_descriptor("causalMask").shape
         self.prefill_length, self.context_length = int(mask[2]), int(mask[3])
         self.reset()

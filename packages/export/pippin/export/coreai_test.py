@@ -123,9 +123,10 @@ def test_compressed_weights_go_in_as_they_are(tmp_path: Path) -> None:
     floats = {n: v if isinstance(v, np.ndarray) else v.dequantized() for n, v in params.items()}
     expected = t.reference(made.flat_cfg, floats, tokens)
     for dtype, tolerance in TOLERANCE.items():
-        path, lowered = _save(tmp_path, made.flat_cfg, params, dtype)
+        path, _ = _save(tmp_path, made.flat_cfg, params, dtype)
         got, _ = _run(path, tokens, 26)
         np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
+    lowered = lower_coreai(made.flat_cfg, params, t.SIZES)
     claimed = {w.name: (w.scheme, w.bits, w.bytes) for w in lowered.weights}
     assert claimed["decoder.layers.0.attention.q_proj.weight"] == ("palettized", 4, 64 * 64 // 2 + 4 * 16 * 2)
     assert claimed["embedding.weight"] == ("scaled", 8, 96 * 64 + 96 * 2)

@@ -9,7 +9,8 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import coreai.authoring as ops
+import coreai.authoring
+import coreai.runtime
 import numpy as np
 from coreai._compiler.dialects import coreai as dialect
 from coreai._compiler.dialects._coreai_ops_gen import ConstantOp
@@ -22,9 +23,8 @@ from coreai._compiler.ir import (
     RankedTensorType,
     StringAttr,
 )
-from coreai.authoring import AIModelAsset, AIProgram, HandleType, Module, TensorType, TokenType, Value
+from coreai.authoring import AIModelAsset, AIProgram, HandleType, Module, TensorType, TokenType
 from coreai.authoring.graph_builder import GraphOp
-from coreai.runtime import AIModelAssetMetadata, NDArray
 
 from pippin.core.quantized_array import pack
 
@@ -42,6 +42,15 @@ __all__ = [
 ]
 
 
+# Their annotations say less than what they take and give.
+ops: Any = coreai.authoring
+NDArray: Any = coreai.runtime.NDArray
+AIModelAssetMetadata: Any = coreai.runtime.AIModelAssetMetadata
+Value = Any  # a value of the program
+
+_from_mlir = coreai.authoring.Value._from_mlir
+
+
 class Constants:
     """The constants of a module: stored once, in however many functions they are."""
 
@@ -57,11 +66,12 @@ class Constants:
             bits: of uint8 or int8 those that count, where they are fewer than 8.
         """
         if name not in self._stored:
-            packed = bits is not None and bits < 8
             self._stored[name] = (
-                _packed(values, bits) if packed else create_constant_attr(np.ascontiguousarray(values))
+                create_constant_attr(np.ascontiguousarray(values))
+                if bits in (None, 8)
+                else _packed(values, bits)
             )
-        return Value._from_mlir(ConstantOp(value=self._stored[name]).result)
+        return _from_mlir(ConstantOp(value=self._stored[name]).result)
 
 
 class Function:
@@ -82,7 +92,7 @@ class Function:
         self._graph.arg_attrs = ArrayAttr.get([_named(key) for key in taken])
         self._graph.res_attrs = ArrayAttr.get([*map(_named, given), *(DictAttr.get({}) for _ in tokens)])
         arguments = dict(zip(taken, self._graph.arguments, strict=True))
-        self.inputs = {key: Value._from_mlir(arguments[key]) for key in inputs}
+        self.inputs = {key: _from_mlir(arguments[key]) for key in inputs}
         self._handles = {key: arguments[key] for key in states}
         self._tokens: dict[str, Any] = {}
 
@@ -94,8 +104,9 @@ class Function:
 
     def read(self, state: str) -> Value:
         """The value of a state when the function is called."""
-        value, self._tokens[state] = dialect.read_handle(self._handles[state], dialect.create_token())
-        return Value._from_mlir(value)
+        read: Any = dialect.read_handle(self._handles[state], dialect.create_token())
+        value, self._tokens[state] = read
+        return _from_mlir(value)
 
     def write(self, state: str, value: Value) -> None:
         """Gives a state that was read its value for the next call."""

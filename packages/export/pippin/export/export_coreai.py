@@ -13,7 +13,7 @@ import numpy as np
 from pippin.core import manifest
 from pippin.core.bundle import Bundle
 from pippin.core.errors import ConfigError
-from pippin.core.quantized_array import QuantizedArray
+from pippin.core.quantized_array import Palettized, QuantizedArray, Scaled
 from pippin.core.stored_tensor import StoredTensor
 from pippin.core.tokenizer import load_tokenizer
 from pippin.export.coreai_emitter import require_rules
@@ -24,7 +24,7 @@ from pippin.export.lower_coreai import LoweredCoreAI, lower_coreai
 from pippin.export.model_source import ModelSource, compressed, open_source
 from pippin.export.output import Places, new_export, require_free, write_manifest, write_tokenizer
 from pippin.export.program_sizes import Sizes
-from pippin.export.summary import summary_text
+from pippin.export.summary import tables
 from pippin.layers.named_models import find_model
 from pippin.v1 import export_pb2 as pb
 
@@ -95,7 +95,7 @@ def export_coreai(model: str | Path, out: str | Path, options: Options) -> str:
                 exported.parity.CopyFrom(parity(places.package, source, options.check_steps))
             display.step("hash the files")
             write_manifest(places, exported)
-    return summary_text(exported, Places.of(out), time.monotonic() - began)
+    return _summary(exported, Places.of(out), time.monotonic() - began)
 
 
 def parity(package: Path, source: ModelSource, steps: int) -> pb.ExportParity:
@@ -117,6 +117,21 @@ def parity(package: Path, source: ModelSource, steps: int) -> pb.ExportParity:
     )
 
 
+def _summary(exported: pb.ExportManifest, places: Places, seconds: float) -> str:
+    size = sum(f.bytes for f in exported.files if f.path.startswith(f"{places.package.name}/"))
+    what = (
+        f"{size / 1e6:,.1f} MB, a context of {exported.context_length} tokens, {exported.prefill_length} of a prompt at a "
+        f"time; written in {seconds:.0f} s"
+    )
+    return "\n".join(
+        [
+            *tables(exported),
+            f"{places.package}: {what}",
+            f"{places.folder}: the manifest and the tokenizer",
+        ]
+    )
+
+
 def _prompt(source: ModelSource) -> list[int]:
     if source.tokenizer is None:
         return np.random.default_rng(0).integers(0, source.cfg.vocab_size, 24).tolist()
@@ -128,9 +143,9 @@ def _floats(source: ModelSource) -> Bundle:
     """The model that was exported, compressed weights as the floats that they stand for."""
 
     def tensor(values: np.ndarray | QuantizedArray) -> StoredTensor:
-        is_float = isinstance(values, np.ndarray)
-        read = functools.partial(np.asarray, values) if is_float else values.dequantized
-        return StoredTensor(tuple(values.shape), np.dtype(values.dtype if is_float else np.float32), read)
+        if isinstance(values, Palettized | Scaled):
+            return StoredTensor(values.shape, np.dtype(np.float32), values.dequantized)
+        return StoredTensor(values.shape, values.dtype, functools.partial(np.asarray, values))
 
     weights: Mapping[str, StoredTensor] = {name: tensor(values) for name, values in source.params.items()}
     return dataclasses.replace(source.bundle, component=source.cfg, weights=weights)

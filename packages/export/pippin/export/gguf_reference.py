@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """GGUF files by llama.cpp: run by gguf_peers_test.py, on the interpreter of the peers.
 
 gguf_reference.py FOLDER   # answers each question of FOLDER/questions.json in FOLDER/answers.json

@@ -18,7 +18,7 @@ from pippin.core.quantized_array import Scaled
 from pippin.core.tokenizer import load_tokenizer
 from pippin.export.gguf import export_gguf, main
 from pippin.export.gguf_types import TYPES
-from pippin.export.records import MANIFEST
+from pippin.export.output import MANIFEST
 from pippin.export.stacked_model import stacked_model
 from pippin.export.tiny_models import (
     CONFIGS,

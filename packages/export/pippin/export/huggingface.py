@@ -14,13 +14,9 @@ import numpy as np
 
 from pippin.core.errors import PippinError
 from pippin.core.manifest import describe_file
+from pippin.export.output import require_room
 from pippin.export.progress import Advance, bytes_progress, no_progress
-from pippin.export.records import (
-    export_manifest,
-    require_new,
-    require_room,
-    write_export_manifest,
-)
+from pippin.export.records import export_manifest, require_new, write_export_manifest
 from pippin.export.stacked_model import DTYPES, LazyArray, StackedModel, path_of_layer, stacked_model
 from pippin.v1 import export_pb2 as pb
 

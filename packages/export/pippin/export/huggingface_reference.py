@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Models by transformers: run by huggingface_peers_test.py, on the interpreter of the peers.
 
 huggingface_reference.py FOLDER   # of each model FOLDER/NAME, writes the logits of FOLDER/tokens.npy to FOLDER/NAME.npy

@@ -13,9 +13,9 @@ from pippin.core.errors import CheckpointError, ConfigError
 from pippin.core.manifest import file_sha256, read_manifest
 from pippin.core.module import flatten_params
 from pippin.core.tokenizer import load_tokenizer
-from pippin.export import records
+from pippin.export import output
 from pippin.export.huggingface import export_huggingface, main
-from pippin.export.records import MANIFEST
+from pippin.export.output import MANIFEST
 from pippin.export.stacked_model import stacked_model
 from pippin.export.tiny_models import CONFIGS, random_params, save_tiny
 from pippin.layers.huggingface import load_huggingface
@@ -108,8 +108,8 @@ def test_a_weight_that_is_no_number_or_too_large_leaves_nothing(tmp_path: Path) 
 
 def test_a_disk_without_room_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = save_tiny(tmp_path / "bundle")
-    monkeypatch.setattr(records.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
-    with pytest.raises(CheckpointError, match="takes .* MB, and its disk has 0 MB left. Make room"):
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
+    with pytest.raises(CheckpointError, match="takes about .* MB; the disk has 0 MB left. Make room"):
         _export(bundle, tmp_path / "out")
 
 

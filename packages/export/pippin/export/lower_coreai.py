@@ -63,7 +63,7 @@ def lower_coreai(
                 "position": TensorType((1,), np.int32),
                 "causalMask": TensorType((1, 1, tokens, sizes.context_length), np.float16),
             }
-            states = dict.fromkeys(STATES, TensorType(cache, np.float16))
+            states = {state: TensorType(cache, np.float16) for state in STATES}
             outputs = {"logits": TensorType((1, tokens, cfg.vocab_size), np.float16)}
             function = Function(name, inputs, states, outputs)
             with function.body():

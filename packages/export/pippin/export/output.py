@@ -68,7 +68,7 @@ def new_export(package: str | Path, suffix: str, num_bytes: int) -> Iterator[Pla
         CheckpointError: the name has another suffix, something is there already, or the disk has no room.
     """
     final = require_free(package, suffix)
-    _require_room(final.package, num_bytes + _SPARE_BYTES)
+    require_room(final.package, num_bytes + _SPARE_BYTES)
     try:
         with manifest.new_directory(final.folder, "export", RuntimeError) as temporary:
             inside = Places(temporary / final.package.name, temporary / final.folder.name)
@@ -113,8 +113,9 @@ def read_manifest(places: Places) -> pb.ExportManifest:
     return message
 
 
-def _require_room(path: Path, num_bytes: int) -> None:
-    there = next(parent for parent in path.parents if parent.exists())
+def require_room(path: Path, num_bytes: int) -> None:
+    """Raises unless the disk that a path will be on has room for so many bytes."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
     free = shutil.disk_usage(there).free
     if free < num_bytes:
         raise CheckpointError(

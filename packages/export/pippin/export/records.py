@@ -1,36 +1,21 @@
-"""What all exports leave beside what they write: a manifest, and nothing of an export that failed."""
+"""The manifests of exports for other runtimes than Apple's, whose files lie where these want them."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from pippin.core.errors import CheckpointError
 from pippin.core.manifest import provenance, write_manifest
+from pippin.export.output import MANIFEST
 from pippin.v1 import export_pb2 as pb
 from pippin.v1 import model_pb2
-
-MANIFEST = "export_manifest.textproto"
-
-_SPARE_BYTES = 1 << 20
 
 
 def require_new(path: Path, what: str) -> None:
     """Raises unless there is nothing at a path yet."""
     if path.exists():
         raise CheckpointError(f"{path} is there already. Remove it, or write the {what} somewhere else.")
-
-
-def require_room(path: Path, nbytes: int) -> None:
-    """Raises unless the disk that a path will be on has room for so many bytes."""
-    above = next(folder for folder in path.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(above).free
-    if free < nbytes + _SPARE_BYTES:
-        raise CheckpointError(
-            f"{path} takes {nbytes / 1e6:,.0f} MB, and its disk has {free / 1e6:,.0f} MB left. Make room, or write it to "
-            "another disk."
-        )
 
 
 def export_manifest(

@@ -97,7 +97,7 @@ def save_byte_level(directory: Path, **config: object) -> Path:
     return directory
 
 
-def save_sentencepiece(directory: Path, **changes: object) -> Path:
+def save_sentencepiece(directory: Path, **changes: Any) -> Path:
     """A folder with a SentencePiece BPE with byte fallback, as training here makes it, or with other settings."""
     import sentencepiece
 
@@ -120,7 +120,7 @@ def save_sentencepiece(directory: Path, **changes: object) -> Path:
         "minloglevel": 2,
     }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_TEXT.splitlines() * 40), model_writer=model, **settings | changes
+        sentence_iterator=iter(_TEXT.splitlines() * 40), model_writer=model, **(settings | changes)
     )
     directory.mkdir(parents=True)
     (directory / "tokenizer.model").write_bytes(model.getvalue())
