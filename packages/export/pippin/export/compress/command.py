@@ -183,7 +183,7 @@ def _tokenizer(model: Bundle, *, needed: bool) -> Any:
     if model.tokenizer is None and needed:
         raise CheckpointError(
             f"{model.directory} has no tokenizer, and the recipe measures the model on text. Write the bundle with one, or use "
-            "a recipe that measures nothing: int8, int4_block32, float16, or --set linear.weighting=none."
+            "a recipe that measures nothing: int8, float16, or --set linear.weighting=none."
         )
     return None if model.tokenizer is None else load_tokenizer(model.tokenizer)
 

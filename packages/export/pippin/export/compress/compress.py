@@ -70,7 +70,7 @@ def needs_calibration(recipe: RecipeConfig) -> bool:
     linear = recipe.linear
     if isinstance(linear, MixedPaletteConfig):
         return True
-    return isinstance(linear, PaletteConfig) and linear.weighting is not Weighting.NONE
+    return not isinstance(linear, Float16Config) and linear.weighting is not Weighting.NONE
 
 
 def compress(
@@ -197,10 +197,9 @@ def _compressed(
         case PaletteConfig():
             return cfg.build().compress(name, values, importance(of_map, cfg.weighting))
         case ScaleConfig():
-            counts = (
-                None if of_map is None or role == EMBEDDING else importance(of_map, Weighting.ACTIVATIONS)
+            return Scaler(cfg).compress(
+                name, values, importance(of_map, cfg.weighting), rows=role == EMBEDDING
             )
-            return Scaler(cfg).compress(name, values, counts, rows=role == EMBEDDING)
         case _:
             return values.astype(np.float16)
 

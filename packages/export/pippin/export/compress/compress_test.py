@@ -96,7 +96,6 @@ def test_routers_and_loras_stay_and_experts_are_compressed(tmp_path):
 def test_only_some_recipes_need_text():
     assert {name for name, cfg in RECIPES.items() if not needs_calibration(cfg)} == {
         "int8",
-        "int4_block32",
         "float16",
     }
     assert not needs_calibration(override(recipe("palettize_4bit"), {"linear.weighting": "none"}))

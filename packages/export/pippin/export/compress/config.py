@@ -71,6 +71,7 @@ class ScaleConfig(Config, implementation="pippin.export.compress.scaled:Scaler")
 
     bits: int = 8
     block_size: int | None = None  # so many weights that are summed over share a scale; None: all
+    weighting: Weighting = Weighting.NONE  # of 4 bits, which decide what is cut off
 
     def validate(self) -> None:
         _require_bits("Scale", self.bits, SCALED_BITS)

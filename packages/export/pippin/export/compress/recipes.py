@@ -8,6 +8,7 @@ from pippin.export.compress.config import (
     PaletteConfig,
     RecipeConfig,
     ScaleConfig,
+    Weighting,
 )
 
 # Recipe -> its config. Embeddings are int8 with a scale for each row, but in float16.
@@ -17,7 +18,7 @@ RECIPES = {
     "mixed_3_7": RecipeConfig(linear=MixedPaletteConfig(bits_per_weight=3.7)),
     "mixed_3_5": RecipeConfig(linear=MixedPaletteConfig(bits_per_weight=3.5)),
     "int8": RecipeConfig(linear=ScaleConfig()),
-    "int4_block32": RecipeConfig(linear=ScaleConfig(bits=4, block_size=32)),
+    "int4_block32": RecipeConfig(linear=ScaleConfig(bits=4, block_size=32, weighting=Weighting.LOSS)),
     "float16": RecipeConfig(linear=Float16Config(), embedding=Float16Config(), head=Float16Config()),
 }
 

@@ -54,13 +54,13 @@ def batches(cfg: TextConfig, default: str, tokenizer: Tokenizer) -> list[Batch]:
         DataError: the file cannot be read, or has too little text.
     """
     text = default if cfg.file is None else _read(Path(cfg.file))
-    start = list(tokenizer.start_ids) or [None]
-    # Four characters are a token's worth and more, of most tokenizers; a text is not encoded whole for its beginning.
+    start = list(tokenizer.start_ids)
+    # A text is not encoded whole for its beginning: most tokens are of fewer characters than eight.
     for share in (8, 64, None):
         ids = tokenizer.encode(text[: None if share is None else cfg.tokens * share])
         if len(ids) > cfg.tokens:
             break
-    length = min(cfg.sequence_length, len(ids) - (start == [None]))
+    length = min(cfg.sequence_length, len(ids) - (not start))
     if length < 1:
         source = cfg.file or "the default text"
         raise DataError(
@@ -70,14 +70,13 @@ def batches(cfg: TextConfig, default: str, tokenizer: Tokenizer) -> list[Batch]:
     return list(_rows(ids, length, start))
 
 
-def _rows(ids: list[int], length: int, start: list) -> Iterator[Batch]:
-    first = start == [None]  # nothing comes before: the first token is read, and not predicted
-    for begin in range(0, len(ids) - length - first + 1, length):
-        row = ids[begin : begin + length + first]
-        row = row if first else [*start, *row]
+def _rows(ids: list[int], length: int, start: list[int]) -> Iterator[Batch]:
+    read = 0 if start else 1  # where nothing comes before it, the first token of a row is not predicted
+    for begin in range(0, len(ids) - length - read + 1, length):
+        row = [*start, *ids[begin : begin + length + read]]
         tokens, targets = np.array(row[:-1], np.int32)[None], np.array(row[1:], np.int32)[None]
         weights = np.ones(tokens.shape, np.float32)
-        weights[:, : len(start) - 1] = 0
+        weights[:, : max(len(start) - 1, 0)] = 0
         yield Batch(
             tokens=tokens,
             targets=targets,
