@@ -33,7 +33,6 @@ from pippin.v1 import export_pb2 as pb
 SUFFIX = ".mlpackage"
 ADAPTERS = "adapters"
 REPORT = "report.html"
-COMPRESSED = "compressed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,14 +104,14 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
             (places.folder / REPORT).write_text(report_page(source.name, exported))
             display.step("hash the files")
             write_manifest(places, exported)
-    model = Places.of(out).folder / COMPRESSED if options.recipe else model
+    model = Places.of(out).compressed if options.recipe else model
     return summary_text(exported, Places.of(out), str(model), time.monotonic() - began)
 
 
 def _kept(source: ModelSource, places: Places) -> ModelSource:
     """The compressed model as a bundle beside the package: what adapters are trained on, and what verify reads."""
     bundle = save_bundle(
-        places.folder / COMPRESSED,
+        places.compressed,
         source.cfg,
         unflatten_params(source.params),
         tokenizer=source.tokenizer,

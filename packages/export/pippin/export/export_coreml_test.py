@@ -14,7 +14,7 @@ from pippin.core.bundle import save_bundle
 from pippin.core.config_tree import override
 from pippin.core.errors import CheckpointError
 from pippin.core.manifest import DamageError
-from pippin.export import coreml
+from pippin.export import coreml, verify
 from pippin.export import lower_testing as t
 from pippin.export.coreml_tools import ct
 from pippin.export.export_coreml import Options, export_coreml
@@ -74,12 +74,18 @@ def test_a_recipe_compresses_and_leaves_the_bundle_that_the_package_is_of(bundle
     ]
     assert coreml.main(given) == 0
     assert re.search(r"greedy tokens that are equal +4 of 4", capsys.readouterr().out)
-    exported = read_manifest(Places.of(out))
+    exported, model = read_manifest(Places.of(out)), open_model(bundle)
     schemes = {w.name: (w.scheme, w.bits) for w in exported.weights}
     assert schemes["decoder.layers.1.attention.k_proj.weight"] == ("scaled", 4)
     assert exported.recipe == "int4_block32" and exported.bits_per_weight < 7
     kept = tmp_path / "x" / "compressed"
     assert exported.model_signature == model_signature(open_model(kept).params())
+    # The model that was given stands for the bundle, but another does not.
+    assert verify.main([str(out), "--model", str(bundle), "--steps", "2", "--mode", "exact"]) == 0
+    params = {"norm": {"scale": 2 * model.params()["norm"]["scale"]}}
+    other = save_bundle(tmp_path / "other", model.component, {**model.params(), **params})
+    assert verify.main([str(out), "--model", str(other)]) == 2
+    assert "Give the model that was exported" in capsys.readouterr().err
     # The bundle gives the same package.
     again = tmp_path / "y.mlpackage"
     assert coreml.main(["--model", str(kept), "--out", str(again), *_SIZES, "--verify-steps", "0"]) == 0

@@ -33,6 +33,11 @@ class Places:
         path = Path(package).absolute()
         return cls(path, path.with_suffix(""))
 
+    @property
+    def compressed(self) -> Path:
+        """The bundle of the weights, where the export compressed them."""
+        return self.folder / "compressed"
+
 
 def require_free(package: str | Path, suffix: str) -> Places:
     """The places of an export that is to be written.
