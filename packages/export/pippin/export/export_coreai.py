@@ -100,13 +100,13 @@ def export_coreai(model: str | Path, out: str | Path, options: Options) -> str:
 
 def parity(package: Path, source: ModelSource, steps: int) -> pb.ExportParity:
     """How far a saved program, run by Apple's runtime, is from its model in JAX: prefill and greedy decoding."""
-    from pippin.export.jax_reference import JaxReference
+    from pippin.export.jax_reference import stored_reference
 
     prompt = _prompt(source)
     with CoreAIModel(package) as program:
         steps = min(steps, program.context_length - len(prompt))
         written, logits = program.greedy(prompt, steps)
-    reference = JaxReference(_floats(source), len(prompt) + steps, as_float16=True)
+    reference = stored_reference(_floats(source), len(prompt) + steps)
     expected = reference.logits([*prompt, *written[:-1]])
     choices = expected[len(prompt) - 1 :].argmax(-1)
     return pb.ExportParity(

@@ -44,7 +44,7 @@ class LazyArray:
         return self._converted(self.read(layer))
 
     def _converted(self, values: np.ndarray) -> np.ndarray:
-        # As float32, since not every type has all functions of NumPy. Of finite values the sum is finite: they are weights.
+        # As float32, since not every type has all functions of NumPy.
         if not np.isfinite(values.astype(np.float32, copy=False)).all():
             raise CheckpointError(
                 f"{self.path} holds NaN or infinity, which no runtime computes with. Export an earlier step, from before "
