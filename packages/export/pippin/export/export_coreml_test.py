@@ -68,7 +68,7 @@ def test_a_recipe_compresses_and_leaves_the_bundle_that_the_package_is_of(bundle
         str(out),
         *_SIZES,
         "--recipe",
-        "int4_block32",
+        "int8",
         "--verify-steps",
         "4",
     ]
@@ -76,8 +76,8 @@ def test_a_recipe_compresses_and_leaves_the_bundle_that_the_package_is_of(bundle
     assert re.search(r"greedy tokens that are equal +4 of 4", capsys.readouterr().out)
     exported, model = read_manifest(Places.of(out)), open_model(bundle)
     schemes = {w.name: (w.scheme, w.bits) for w in exported.weights}
-    assert schemes["decoder.layers.1.attention.k_proj.weight"] == ("scaled", 4)
-    assert exported.recipe == "int4_block32" and exported.bits_per_weight < 7
+    assert schemes["decoder.layers.1.attention.k_proj.weight"] == ("scaled", 8)
+    assert exported.recipe == "int8" and exported.bits_per_weight < 9
     kept = tmp_path / "x" / "compressed"
     assert exported.model_signature == model_signature(open_model(kept).params())
     # The model that was given stands for the bundle, but another does not.
@@ -92,7 +92,7 @@ def test_a_recipe_compresses_and_leaves_the_bundle_that_the_package_is_of(bundle
     weights = "Data/com.apple.CoreML/weights/weight.bin"
     assert _hashes(out)[weights] == _hashes(again)[weights]
     assert coreml.main(["--model", str(kept), "--out", "z.mlpackage", "--recipe", "int8"]) == 2
-    assert "compressed already, by int4_block32" in capsys.readouterr().err
+    assert "compressed already, by int8" in capsys.readouterr().err
 
 
 def test_the_same_model_gives_the_same_bytes(bundle, tmp_path):

@@ -103,7 +103,7 @@ def compressed(
         if source.tokenizer is None:
             raise DataError(
                 f"{source.bundle.directory} has no tokenizer, and the recipe {recipe_name} measures the model on text. Use "
-                "a bundle with one, or a recipe that measures nothing: int8, int4_block32."
+                "a bundle with one, or a recipe that measures nothing: int8 or float16."
             )
         text = batches(cfg.calibration, calibration_text(), load_tokenizer(source.tokenizer))
     result = compress(source.cfg, unflatten_params(source.params), cfg, text, progress)
