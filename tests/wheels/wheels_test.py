@@ -19,6 +19,15 @@ FOLDERS = {
     "pippin-export": "packages/export",
 }
 SCRIPTS = {
+    "pippin-export": {
+        "pippin-compress": "packages/export/pippin/export/compress/command",
+        "pippin-coreai": "packages/export/pippin/export/coreai",
+        "pippin-coreml": "packages/export/pippin/export/coreml",
+        "pippin-gguf": "packages/export/pippin/export/gguf",
+        "pippin-huggingface": "packages/export/pippin/export/huggingface",
+        "pippin-latency": "packages/export/pippin/export/latency/command",
+        "pippin-verify": "packages/export/pippin/export/verify",
+    },
     "pippin-layers": {
         "pippin-convert": "packages/layers/pippin/layers/convert",
         "pippin-fetch": "packages/layers/pippin/layers/fetch",

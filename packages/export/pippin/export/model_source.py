@@ -60,9 +60,9 @@ def open_source(path: str | Path) -> ModelSource:
         params = flatten_params(nested)
         if not all(isinstance(values, np.ndarray) for values in params.values()):
             read = _Floats(params)  # what weights were rounded to in training
-    directory = bundle.directory
+    given = Path(path).absolute()  # of a run, and not of the step that is opened
     return ModelSource(
-        name=directory.stem if directory.is_file() else directory.name,
+        name=given.stem if given.is_file() else given.name,
         cfg=cfg,
         params=params,
         signature=signature(read),

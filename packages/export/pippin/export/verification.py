@@ -118,7 +118,8 @@ def check_bytes(program: Program, exported: pb.ExportManifest) -> Check:
     share = (files - claimed) / claimed
     right = abs(files - claimed) <= max(BYTES_SHARE * claimed, SMALL_CONSTANTS)
     found = f"{files:,} for {claimed:,} of weights ({share:+.2%})"
-    return Check("bytes of weight files", found, f"within {BYTES_SHARE:.0%}", right)
+    rule = f"within {BYTES_SHARE:.0%} or {SMALL_CONSTANTS >> 10} KiB"
+    return Check("bytes of weight files", found, rule, right)
 
 
 def read_adapter(path: Path, layout: pb.AdapterLayout) -> np.ndarray:
