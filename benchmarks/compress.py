@@ -111,13 +111,13 @@ def run(model: str, chosen: list[Contender], out: Path) -> list[Row]:
 def table(rows: list[Row]) -> str:
     """As text, with what each loses."""
     lines = [
-        f"{'':26}{'bits/weight':>12}{'MB':>8}{'perplexity':>12}{'loss':>8}{'seconds':>9}{'peak GiB':>10}"
+        f"{'':26}{'bits/weight':>12}{'MB':>8}{'perplexity':>14}{'loss':>14}{'seconds':>9}{'peak GiB':>10}"
     ]
     for row in rows:
         timed = "" if row.seconds is None else f"{row.seconds:9.0f}{row.peak_gib:10.1f}"
         lines.append(
-            f"{row.name:26}{row.bits_per_weight:12.2f}{row.model_mb:8.1f}{row.perplexity:12.2f}"
-            f"{row.perplexity - rows[0].perplexity:8.2f}{timed}"
+            f"{row.name:26}{row.bits_per_weight:12.2f}{row.model_mb:8.1f}{row.perplexity:14,.2f}"
+            f"{row.perplexity - rows[0].perplexity:14,.2f}{timed}"
         )
     at = next((row for row in rows if row.name == "allocated, 3.7 bits"), None)
     if at is not None and (peer := peer_loss(rows, at.bits_per_weight)) is not None:
