@@ -219,3 +219,12 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "was not saved" in done.stderr, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
+
+
+def test_a_model_that_was_trained_with_rounded_weights_is_exported_as_it_was_rounded(tmp_path, capsys):
+    made = t.model(c.fake_quantized(bits=2, embedding_bits=4)(t.TINY))
+    out = tmp_path / "x.mlpackage"
+    model = save_bundle(tmp_path / "rounded", made.cfg, made.params)
+    assert coreml.main(["--model", str(model), "--out", str(out), *_SIZES, "--verify-steps", "4"]) == 0
+    assert {w.bits for w in read_manifest(Places.of(out)).weights} == {2, 4, 16}
+    assert verify.main([str(out), "--model", str(model), "--steps", "4"]) == 0, capsys.readouterr().out

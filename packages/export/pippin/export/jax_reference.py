@@ -14,6 +14,7 @@ from pippin.core.module import flatten_params, merge, split, unflatten_params
 from pippin.core.quantized_array import QuantizedArray
 from pippin.export.model_source import ModelSource
 from pippin.layers.causal_lm_config import CausalLMConfig, FloatType
+from pippin.layers.quant.settle import settled, settled_config
 from pippin.v1 import export_pb2 as pb
 
 
@@ -46,10 +47,12 @@ def float_reference(bundle: Bundle, length: int) -> JaxReference:
 
 
 def stored_reference(bundle: Bundle, length: int) -> JaxReference:
-    """The model with weights rounded to float16, as a package stores them."""
-    assert isinstance(bundle.component, CausalLMConfig)
-    params = {name: _as_stored(values) for name, values in flatten_params(bundle.params()).items()}
-    return JaxReference(bundle.component, params, length)
+    """The model with weights rounded to float16, as a package stores them; weights that were rounded in training, so."""
+    cfg, params = bundle.component, bundle.params()
+    assert isinstance(cfg, CausalLMConfig)
+    if settled_config(cfg) != cfg:
+        cfg, params = settled(cfg, params)
+    return JaxReference(cfg, {n: _as_stored(v) for n, v in flatten_params(params).items()}, length)
 
 
 def adapted_reference(
@@ -63,10 +66,7 @@ def adapted_reference(
         layout: where its matrices lie in it.
         length: tokens of a text at most.
     """
-    params = {
-        name: values.dequantized() if isinstance(values, QuantizedArray) else _as_stored(values)
-        for name, values in source.params.items()
-    }
+    params = {name: _as_stored(values) for name, values in source.params.items()}
     parts = {
         slot.name: flat[slot.offset : slot.offset + math.prod(slot.shape)]
         .reshape(tuple(slot.shape))
@@ -79,6 +79,8 @@ def adapted_reference(
 
 
 def _as_stored(values: Any) -> np.ndarray:
+    if isinstance(values, QuantizedArray):
+        return values.dequantized()
     return np.asarray(values).astype(np.float16).astype(np.float32)
 
 
