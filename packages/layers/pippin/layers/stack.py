@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from pippin.core.config import Config
@@ -84,7 +85,7 @@ class Sequence(Module):
             if definition not in runs:
                 run = _collecting(definition)
                 # Layers that are alike are traced once. What is computed at once needs no program.
-                runs[definition] = jax.jit(run) if isinstance(x, jax.core.Tracer) else run
+                runs[definition] = jax.jit(run) if isinstance(x, Tracer) else run
             last_only = ctx.last_only and i == len(self.layers) - 1  # the layers before read every position
             of_layer = dataclasses.replace(ctx, kv=kv, last_only=last_only)
             out, outputs = runs[definition](params, x, of_layer, None if cache is None else cache[i])

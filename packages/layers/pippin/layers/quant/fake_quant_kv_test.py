@@ -9,7 +9,7 @@ from pippin.core.errors import ConfigError
 from pippin.layers.cache_paged import PagedCache
 from pippin.layers.context import Context, KeyValues
 from pippin.layers.kernel import Logits
-from pippin.layers.kernel_config import ReferenceKernelConfig
+from pippin.layers.kernel_config import AttentionKernelConfig, ReferenceKernelConfig
 from pippin.layers.kernel_paged_config import PagedBlockwiseKernelConfig, PagedCacheConfig
 from pippin.layers.quant.fake_quant_config import FakeQuantKVKernelConfig
 from pippin.layers.testing import normal, positions
@@ -29,7 +29,7 @@ def _rounded(values):
     return jnp.asarray(np.round(values / step) * step)
 
 
-def _attend(keys, values, cfg=_ROUNDING):
+def _attend(keys, values, cfg: AttentionKernelConfig = _ROUNDING):
     kv = KeyValues(keys, values, _CTX.positions, None, aligned=True)
     return cfg.build()(_Q, kv, _CTX, _LOGITS)
 

@@ -24,7 +24,7 @@ def recovery(base: TrainerConfig, compressed: str) -> TrainerConfig:
         RuleConfig(component="pippin.layers.LoRALinear", direct=True),
     )
     return base.set(
-        model=lora(rank=16, alpha=16.0)(unrolled_config(base.model)),
+        model=lora(rank=16, alpha=16.0)(unrolled_config(base.model)),  # type: ignore[arg-type]
         init_from=compressed,
         learner=base.learner.set(rules=rules),
     )
