@@ -11,6 +11,8 @@ from pippin.core.adapter import Adapter, LowRank
 from pippin.core.errors import CheckpointError, ConfigError
 from pippin.v1 import export_pb2 as pb
 
+SIGNATURE_CHARS = 64  # that the file of an adapter begins with
+
 _LINEAR = re.compile(r"(decoder\..+)\.weight")
 
 
@@ -87,6 +89,12 @@ def packed_adapter(adapter: Adapter, maps: Mapping[str, LowRank], layout: pb.Ada
             "Export one from an earlier step of its training."
         )
     return flat
+
+
+def adapter_file(flat: np.ndarray, layout: pb.AdapterLayout) -> bytes:
+    """The file of an adapter: the signature of the model that it is for, in ASCII, and the flat input behind it."""
+    assert len(layout.base_signature) == SIGNATURE_CHARS
+    return layout.base_signature.encode("ascii") + flat.astype("<f2").tobytes()
 
 
 def _require_fit(

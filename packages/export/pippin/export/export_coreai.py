@@ -44,6 +44,13 @@ class Options(Sizes):
         0  # greedy tokens that the saved program is held against the model with; 0: it is not run
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.check_steps < 0:
+            raise ConfigError(
+                f"--check {self.check_steps}: the steps must not be negative. Give 0 for no check."
+            )
+
     @property
     def num_steps(self) -> int:
         """That a person sees go by."""

@@ -12,9 +12,9 @@ import numpy as np
 from pippin.core import manifest
 from pippin.core.adapter import load_adapter
 from pippin.core.bundle import load_bundle, save_bundle
-from pippin.core.errors import ConfigError
+from pippin.core.errors import CheckpointError, ConfigError
 from pippin.core.module import unflatten_params
-from pippin.export.adapter_layout import packed_adapter
+from pippin.export.adapter_layout import adapter_file, packed_adapter
 from pippin.export.display import Display
 from pippin.export.lower import Lowered, Sizes, lower
 from pippin.export.lower_emitter import require_rules
@@ -71,7 +71,8 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
 
     Raises:
         ConfigError: sizes do not fit each other, or a component has no rule.
-        CheckpointError: there is no model, an adapter fits another one, or the package cannot be written.
+        CheckpointError: there is no model, an adapter fits another one, the package cannot be written, or it does not
+            compute what the model does.
     """
     began = time.monotonic()
     require_free(out, SUFFIX)
@@ -91,7 +92,9 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
             progress=lambda name: display.step(f"write {name}"),
         )
         exported = _described(source, lowered, options)
-        with new_export(out, SUFFIX, sum(w.bytes for w in exported.weights)) as places:
+        # With a recipe the weights lie in the package and in the bundle beside it.
+        num_bytes = sum(w.bytes for w in exported.weights) * (2 if options.recipe else 1)
+        with new_export(out, SUFFIX, num_bytes) as places:
             display.step("store the weights")
             write_package(places, lowered, user_metadata(exported, source.name), _one_line(source))
             write_tokenizer(source.tokenizer, places)
@@ -137,13 +140,19 @@ def _measure(
         display.step("measure perplexity")
         tokens = options.perplexity_tokens
         found.perplexity_before, found.perplexity_after = perplexities(opened, source, tokens, display.part)
-        found.runtime = "pippin.layers"
     if options.verify_steps:
         display.step("verify")
         comparison = parity(places.package, source.bundle, options.verify_steps, display.part)
         found.max_logit_error = comparison.max_error
         found.tokens_equal, found.decode_steps = comparison.tokens_equal, comparison.steps
         found.runtime = "pippin.export.mil"
+        # A rounding of the last bit may exchange two tokens that are as likely; half of them is another model.
+        if not np.isfinite(comparison.max_error) or comparison.tokens_equal * 2 < comparison.steps:
+            raise CheckpointError(
+                f"the program of the package does not compute what {source.name} does: the largest error of a logit is "
+                f"{comparison.max_error:.3g}, and {comparison.tokens_equal} of {comparison.steps} greedy tokens are equal. "
+                "This is a defect of the export, of which nothing was kept: report it, with the model's config."
+            )
 
 
 def _described(source: ModelSource, lowered: Lowered, sizes: Sizes) -> pb.ExportManifest:
@@ -167,7 +176,7 @@ def _described(source: ModelSource, lowered: Lowered, sizes: Sizes) -> pb.Export
 def _write_adapters(
     places: Places, directories: Sequence[Path], source: ModelSource, exported: pb.ExportManifest
 ) -> None:
-    """Writes adapters as the program takes them: NAME.bin, float16 in the order of the manifest's layout."""
+    """Writes adapters as the program takes them: NAME.bin, behind the signature of the model that they are for."""
     for directory in directories:
         adapter = load_adapter(directory)
         cfg = source.bundle.component
@@ -176,7 +185,7 @@ def _write_adapters(
         flat = packed_adapter(adapter, maps, exported.adapter)
         folder = places.folder / ADAPTERS
         folder.mkdir(exist_ok=True)
-        manifest.write_file(folder / f"{adapter.directory.name}.bin", flat.tobytes())
+        manifest.write_file(folder / f"{adapter.directory.name}.bin", adapter_file(flat, exported.adapter))
 
 
 def _one_line(source: ModelSource) -> str:

@@ -18,7 +18,9 @@ from pippin.export import coreml, verify
 from pippin.export import lower_testing as t
 from pippin.export.coreml_tools import ct
 from pippin.export.export_coreml import Options, export_coreml
-from pippin.export.output import Places, read_manifest
+from pippin.export.mil.interpreter import Mode
+from pippin.export.output import Places, new_export, read_manifest
+from pippin.export.verification import Comparison, read_adapter
 from pippin.layers import configs as c
 from pippin.layers.adapter import adapter_of, model_signature
 from pippin.layers.model_files import open_model
@@ -74,18 +76,14 @@ def test_a_recipe_compresses_and_leaves_the_bundle_that_the_package_is_of(bundle
     ]
     assert coreml.main(given) == 0
     assert re.search(r"greedy tokens that are equal +4 of 4", capsys.readouterr().out)
-    exported, model = read_manifest(Places.of(out)), open_model(bundle)
+    exported = read_manifest(Places.of(out))
     schemes = {w.name: (w.scheme, w.bits) for w in exported.weights}
     assert schemes["decoder.layers.1.attention.k_proj.weight"] == ("scaled", 8)
     assert exported.recipe == "int8" and exported.bits_per_weight < 9
     kept = tmp_path / "x" / "compressed"
     assert exported.model_signature == model_signature(open_model(kept).params())
-    # The model that was given stands for the bundle, but another does not.
-    assert verify.main([str(out), "--model", str(bundle), "--steps", "2", "--mode", "exact"]) == 0
-    params = {"norm": {"scale": 2 * model.params()["norm"]["scale"]}}
-    other = save_bundle(tmp_path / "other", model.component, {**model.params(), **params})
-    assert verify.main([str(out), "--model", str(other)]) == 2
-    assert "Give the model that was exported" in capsys.readouterr().err
+    assert verify.main([str(out), "--model", str(bundle)]) == 2
+    assert f"give {out.with_suffix('')}/compressed as --model" in capsys.readouterr().err
     # The bundle gives the same package.
     again = tmp_path / "y.mlpackage"
     assert coreml.main(["--model", str(kept), "--out", str(again), *_SIZES, "--verify-steps", "0"]) == 0
@@ -93,6 +91,26 @@ def test_a_recipe_compresses_and_leaves_the_bundle_that_the_package_is_of(bundle
     assert _hashes(out)[weights] == _hashes(again)[weights]
     assert coreml.main(["--model", str(kept), "--out", "z.mlpackage", "--recipe", "int8"]) == 2
     assert "compressed already, by int8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "equal"), [(np.inf, 4), (0.01, 1)])
+def test_a_package_that_is_not_its_model_is_not_left_behind(
+    bundle, tmp_path, monkeypatch, capsys, error, equal
+):
+    found = Comparison(Mode.FLOAT16, error, 10.0, equal, 4, "", None)
+    monkeypatch.setattr("pippin.export.measure.parity", lambda *_: found)
+    out = tmp_path / "x.mlpackage"
+    assert coreml.main(["--model", str(bundle), "--out", str(out), *_SIZES]) == 2
+    assert "does not compute what tiny does" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_what_appears_meanwhile_is_left_alone(bundle, tmp_path):
+    out = tmp_path / "x.mlpackage"
+    with pytest.raises(CheckpointError), new_export(out, ".mlpackage", 1) as places:
+        places.package.mkdir()
+        (out / "theirs").mkdir(parents=True)
+    assert (out / "theirs").is_dir()
 
 
 def test_the_same_model_gives_the_same_bytes(bundle, tmp_path):
@@ -134,7 +152,7 @@ def test_an_adapter_is_an_input_of_the_program(tmp_path):
     # There is room for rank 4: the rest of it is zeros.
     export_coreml(bundle, out, Options(64, 24, adapter_rank=4, adapters=(adapter,)))
     exported = read_manifest(Places.of(out))
-    flat = np.fromfile(tmp_path / "out" / "adapters" / "polite.bin", np.float16)
+    flat = read_adapter(tmp_path / "out" / "adapters" / "polite.bin", exported.adapter)
     assert flat.shape == (exported.adapter.length,) and exported.adapter.base_signature == base
     tokens = t.some_tokens(30)
     expected = t.reference(tuned.cfg, tuned.params, tokens)

@@ -91,6 +91,10 @@ def export_gguf(
     from pippin.export.gguf_vocabulary import vocabulary_metadata
 
     gguf_types.require_type(type_name)
+    if context_length is not None and not 1 <= context_length < 1 << 31:
+        raise ConfigError(
+            f"the context length ({context_length}) must be at least 1 and below 2^31. Leave it out for the model's own."
+        )
     _require_new(out)
     cfg, context = model.config, context_length or context_length_of(model.tokenizer)
     metadata = architecture_metadata(cfg, context)
@@ -156,17 +160,20 @@ def _tensors(model: StackedModel, arch: str) -> dict[str, NamedTensor]:
 def _published(out: Path) -> Iterator[tuple[Path, Path]]:
     """A temporary file and folder, which become OUT.gguf and OUT when the block ends without an error."""
     temporary = out.with_name(f".{out.name}.tmp")
+    published = False
     try:
         with new_directory(out.with_suffix("").absolute(), "manifest") as folder:
             try:
                 yield temporary, folder
                 sync(temporary)
+                _require_new(out)  # writing took a while
                 temporary.rename(out)
+                published = True
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
     except CheckpointError:
-        if not out.with_suffix("").exists():
+        if published and not out.with_suffix("").exists():
             out.unlink(missing_ok=True)
         raise
 

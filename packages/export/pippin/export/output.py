@@ -74,6 +74,7 @@ def new_export(package: str | Path, suffix: str, num_bytes: int) -> Iterator[Pla
     """
     final = require_free(package, suffix)
     require_room(final.package, num_bytes + _SPARE_BYTES)
+    published = False
     try:
         with manifest.new_directory(final.folder, "export", RuntimeError) as temporary:
             inside = Places(temporary / final.package.name, temporary / final.folder.name)
@@ -81,12 +82,13 @@ def new_export(package: str | Path, suffix: str, num_bytes: int) -> Iterator[Pla
             yield inside
             _same_modes(temporary)
             inside.package.rename(final.package)
+            published = True
             for path in sorted(inside.folder.iterdir()):
                 path.rename(temporary / path.name)
             inside.folder.rmdir()
     except BaseException:
         # The folder is published last: without it, there is no export.
-        if not final.folder.exists() and final.package.exists():
+        if published and not final.folder.exists():
             shutil.rmtree(final.package)
         raise
 

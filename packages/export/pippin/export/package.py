@@ -59,10 +59,14 @@ def user_metadata(exported: pb.ExportManifest, name: str) -> dict[str, str]:
         "contextLength": str(exported.context_length),
         "prefillLength": str(exported.prefill_length),
         "bitsPerWeight": f"{exported.bits_per_weight:.4f}",
-        "quantScheme": exported.recipe or "float16",
+        "quantScheme": ", ".join(sorted({_scheme(weight) for weight in exported.weights})),
         "modelSignature": exported.model_signature,
         "adapterLength": str(exported.adapter.length),
     }
+
+
+def _scheme(weight: pb.ExportedWeight) -> str:
+    return weight.scheme if weight.scheme == "float16" else f"{weight.scheme} {weight.bits}"
 
 
 def _describe(spec: Any, metadata: dict[str, str], description: str) -> None:

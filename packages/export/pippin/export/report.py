@@ -37,7 +37,7 @@ def report_page(name: str, exported: pb.ExportManifest) -> str:
 <h2>Bytes by layer</h2>
 {_stacks(exported, colors)}
 <h2>Measured</h2>
-{_table(("", exported.parity.runtime), measured) if measured else "<p>Nothing yet.</p>"}
+{_table(("", ""), measured) if measured else "<p>Nothing yet.</p>"}
 <h2>The program</h2>
 {functions}
 <p>Weights: <code>{_e(exported.model_signature)}</code></p>

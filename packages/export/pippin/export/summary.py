@@ -23,7 +23,7 @@ def measured_rows(exported: pb.ExportManifest) -> list[tuple[str, str]]:
     parity = exported.parity
     rows = []
     if parity.decode_steps:
-        rows.append(("largest error of a logit", f"{parity.max_logit_error:.2e}"))
+        rows.append((f"largest error of a logit, by {parity.runtime}", f"{parity.max_logit_error:.2e}"))
         rows.append(("greedy tokens that are equal", f"{parity.tokens_equal} of {parity.decode_steps}"))
     if parity.perplexity_before:
         rows.append(("perplexity of the model as it was", f"{parity.perplexity_before:.3f}"))
@@ -53,7 +53,7 @@ def tables(exported: pb.ExportManifest) -> list[str]:
     """What weights cost, and what was measured, as lines of which the last is empty."""
     lines = [*_aligned([HEADER, *cost_rows(exported)]), ""]
     if measured := measured_rows(exported):
-        lines += [*_aligned([("measured by " + exported.parity.runtime, ""), *measured]), ""]
+        lines += [*_aligned([("measured", ""), *measured]), ""]
     return lines
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from pippin.core.bundle import Bundle
 from pippin.core.errors import CheckpointError
 from pippin.core.tokenizer import load_tokenizer
+from pippin.export.adapter_layout import SIGNATURE_CHARS
 from pippin.export.jax_reference import JaxReference, cross_entropies, float_reference
 from pippin.export.mil.interpreter import Interpreter, Mode
 from pippin.export.mil.program import Program
@@ -72,16 +73,22 @@ def check_files(places: Places, exported: pb.ExportManifest) -> Check:
     return Check("files and their SHA-256", found, "all", not extra)
 
 
-def check_signature(model: Path, signature: str, exported: pb.ExportManifest) -> None:
+def check_signature(model: Path, signature: str, exported: pb.ExportManifest, places: Places) -> None:
     """That the package was made of this model.
 
     Raises:
         CheckpointError: it was not.
     """
     if signature != exported.model_signature:
+        remedy = "Give the model that was exported."
+        if places.compressed.is_dir():
+            remedy = (
+                f"Its weights were compressed for it: give {places.compressed} as --model, and what they were "
+                "compressed from as --float-model."
+            )
         raise CheckpointError(
             f"the package was made of the model with the signature {exported.model_signature[:12]}; {model} has "
-            f"{signature[:12]}. Give the model that was exported."
+            f"{signature[:12]}. {remedy}"
         )
 
 
@@ -126,7 +133,7 @@ def read_adapter(path: Path, layout: pb.AdapterLayout) -> np.ndarray:
     """The flat input in the file of an adapter, float16.
 
     Raises:
-        CheckpointError: there is none, or the package takes adapters of another size, or none.
+        CheckpointError: there is none, it is for another model, or the package takes none.
     """
     try:
         data = path.read_bytes()
@@ -134,12 +141,19 @@ def read_adapter(path: Path, layout: pb.AdapterLayout) -> np.ndarray:
         raise CheckpointError(
             f"the adapter {path} cannot be read: {e.strerror}. Give a file of X/adapters."
         ) from None
-    if len(data) != 2 * layout.length or not data:
+    expected = SIGNATURE_CHARS + 2 * layout.length
+    if len(data) != expected or not layout.length:
         raise CheckpointError(
-            f"the adapter {path} has {len(data)} bytes; this package takes {2 * layout.length}. Give an adapter that was "
-            "exported with it, with --adapter."
+            f"the adapter {path} has {len(data)} bytes; this package takes {expected if layout.length else 'none'}. Give an "
+            "adapter that was exported with it, with --adapter."
         )
-    return np.frombuffer(data, "<f2")
+    base = data[:SIGNATURE_CHARS].decode("ascii", "replace")
+    if base != layout.base_signature:
+        raise CheckpointError(
+            f"the adapter {path} is for the model with the signature {base[:12]}; this package holds "
+            f"{layout.base_signature[:12]}. An adapter fits the weights that it was trained on, and no others."
+        )
+    return np.frombuffer(data, "<f2", offset=SIGNATURE_CHARS)
 
 
 def prompt_ids(bundle: Bundle, text: str, count: int) -> list[int]:

@@ -6,9 +6,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-import numpy as np
-
-from pippin.core.errors import ConfigError, DataError
+from pippin.core.errors import CheckpointError, ConfigError, DataError
 from pippin.export.compress.text import evaluation_text
 from pippin.export.display import Display
 from pippin.export.golden import record
@@ -16,7 +14,7 @@ from pippin.export.jax_reference import adapted_reference, stored_reference
 from pippin.export.mil.interpreter import Interpreter, Mode
 from pippin.export.mil.program import Program
 from pippin.export.mil.spec import load_program
-from pippin.export.model_source import ModelSource, open_source
+from pippin.export.model_source import open_source
 from pippin.export.output import Places, read_manifest
 from pippin.export.package_runner import sizes
 from pippin.export.verification import (
@@ -94,11 +92,16 @@ def verify_package(request: Request) -> Report:
     with Display("verifying", 3 + with_steps + windows) as display:
         display.step("hash the files")
         places = Places.of(request.package)
+        if not places.package.is_dir():
+            raise CheckpointError(
+                f"{request.package} is no package: there is no such folder. Give an X.mlpackage."
+            )
         exported = read_manifest(places)
         checks = [check_files(places, exported)]
         display.step("open the model")
         path = find_model(request.model)
-        source = _exported_model(path, places, exported)
+        source = open_source(path)
+        check_signature(path, source.signature, exported, places)
         display.step("open the package")
         program = load_program(places.package)
         checks += [check_sizes(program, exported), check_states(program), check_bytes(program, exported)]
@@ -131,30 +134,6 @@ def verify_package(request: Request) -> Report:
     if request.record and report.passed:
         record(places, exported, parity, comparisons[-1].runner, source.name)
     return report
-
-
-def _exported_model(path: Path, places: Places, exported: pb.ExportManifest) -> ModelSource:
-    """What was exported: the model at a path, or, where the export compressed that, the bundle beside the package.
-
-    Raises:
-        CheckpointError: the package was made of neither.
-    """
-    source = open_source(path)
-    if source.signature != exported.model_signature and places.compressed.is_dir():
-        kept = open_source(places.compressed)
-        if kept.signature == exported.model_signature and _is_compressed_of(kept, source):
-            return kept
-    check_signature(path, source.signature, exported)
-    return source
-
-
-def _is_compressed_of(compressed: ModelSource, source: ModelSource) -> bool:
-    """Whether two models are equal where the first one is not compressed, as in the scales of norms."""
-    if compressed.params.keys() != source.params.keys():
-        return False
-    pairs = ((kept, source.params[name]) for name, kept in compressed.params.items())
-    plain = [(a, b) for a, b in pairs if isinstance(a, np.ndarray) and isinstance(b, np.ndarray)]
-    return bool(plain) and all(np.array_equal(a, b.astype(np.float16)) for a, b in plain)
 
 
 def _prompt_length(program: Program, steps: int) -> int:

@@ -10,6 +10,7 @@ import pytest
 from pippin.core import manifest
 from pippin.core.errors import PippinError
 from pippin.export import verify
+from pippin.export.adapter_layout import adapter_file
 from pippin.export.export_testing import CONTEXT, PREFILL, TinyExport, tiny_export
 from pippin.export.golden import FILE, golden_arrays
 from pippin.export.mil.errors import PackageError
@@ -122,6 +123,9 @@ def test_another_model_is_no_reference(export, tmp_path):
 
 
 def test_a_package_without_its_folder_is_refused(tmp_path):
+    with pytest.raises(PippinError, match="is no package: there is no such folder"):
+        verify_package(Request(tmp_path / "x.mlpackage", "m", "m"))
+    (tmp_path / "x.mlpackage").mkdir()
     with pytest.raises(manifest.DamageError, match="export_manifest.textproto: is absent"):
         verify_package(Request(tmp_path / "x.mlpackage", "m", "m"))
 
@@ -211,7 +215,7 @@ def with_room(tmp_path_factory) -> TinyExport:
 def test_an_adapter_is_its_model_with_more_in_its_weights(with_room, tmp_path):
     layout = read_manifest(with_room.places).adapter
     flat = np.random.default_rng(0).normal(0, 0.2, layout.length).astype(np.float16)
-    (tmp_path / "some.bin").write_bytes(flat.tobytes())
+    (tmp_path / "some.bin").write_bytes(adapter_file(flat, layout))
     report = verify_package(request(with_room, adapter=tmp_path / "some.bin", steps=8))
     assert report.passed, report.text
     bare, adapted = (
@@ -230,6 +234,17 @@ def test_an_adapter_of_another_size_is_refused(export, with_room, tmp_path):
         verify_package(request(export, adapter=tmp_path / "none.bin"))
     with pytest.raises(PippinError, match="neither --record nor --perplexity"):
         verify_package(request(export, adapter=tmp_path / "some.bin", record=True))
+
+
+def test_an_adapter_of_another_model_of_the_same_sizes_is_refused(with_room, tmp_path):
+    layout = pb.AdapterLayout()
+    layout.CopyFrom(read_manifest(with_room.places).adapter)
+    layout.base_signature = "0" * 64
+    (tmp_path / "some.bin").write_bytes(adapter_file(np.zeros(layout.length, np.float16), layout))
+    with pytest.raises(
+        PippinError, match="is for the model with the signature 000000000000; this package holds"
+    ):
+        verify_package(request(with_room, adapter=tmp_path / "some.bin"))
 
 
 def test_the_swift_package_and_the_manifest_agree(with_room):

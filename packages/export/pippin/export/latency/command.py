@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace) -> str:
     from pippin.layers.causal_lm_config import CausalLMConfig
     from pippin.layers.model_files import open_model
     from pippin.layers.named_models import find_model
-    from pippin.layers.unrolled import unrolled
+    from pippin.layers.quant.settle import settled
 
     if args.context < 1 or not 1 <= args.prefill <= args.context:
         raise ConfigError(
@@ -63,7 +63,7 @@ def _run(args: argparse.Namespace) -> str:
         raise CheckpointError(
             f"{args.model} holds a {type(model.component).__name__}, which is no language model."
         )
-    cfg, params = unrolled(model.component, model.params())
+    cfg, params = settled(model.component, model.params())
     # A compressed model has no stacks, so that its names are these already.
     weights = {**flatten_params(params), **model.quantized}
     steps = {
@@ -73,7 +73,12 @@ def _run(args: argparse.Namespace) -> str:
         ),
     }
     if args.out is not None:
-        write_atomic(args.out, latency_page(f"{Path(args.model).name} on Apple's chips", steps))
+        try:
+            write_atomic(args.out, latency_page(f"{Path(args.model).name} on Apple's chips", steps))
+        except OSError as e:
+            raise CheckpointError(
+                f"--out {args.out} cannot be written: {e.strerror}. Give the name of a file."
+            ) from None
     decode, prefill = steps.values()
     return table(decode, prefill, args.prefill)
 

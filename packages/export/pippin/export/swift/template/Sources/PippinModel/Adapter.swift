@@ -2,8 +2,8 @@ import Foundation
 
 /// The numbers of a low-rank adapter, as the model takes them: one flat input.
 ///
-/// pippin writes one file for each adapter that is exported with a model, adapters/NAME.bin: float16, the lowest byte first.
-/// Adapters can be changed from call to call; the model is stored once.
+/// pippin writes one file for each adapter that is exported with a model, adapters/NAME.bin: the signature of the model, 64
+/// characters, and behind it float16, the lowest byte first. The model is stored once for all of them.
 public struct Adapter {
     public let values: [Float16]
 
@@ -17,12 +17,17 @@ public struct Adapter {
     /// Reads an adapter that was exported with this model.
     public init(contentsOf url: URL) throws {
         let data = try Data(contentsOf: url)
-        guard data.count == 2 * ModelFacts.adapterLength else {
-            throw LanguageModelError.adapterLength(got: data.count / 2, expected: ModelFacts.adapterLength)
+        let header = ModelFacts.modelSignature.utf8.count
+        guard data.count == header + 2 * ModelFacts.adapterLength else {
+            throw LanguageModelError.adapterLength(
+                got: max(0, data.count - header) / 2, expected: ModelFacts.adapterLength)
+        }
+        guard data.prefix(header).elementsEqual(ModelFacts.modelSignature.utf8) else {
+            throw LanguageModelError.adapterOfAnotherModel
         }
         values = data.withUnsafeBytes { bytes in
             (0..<ModelFacts.adapterLength).map { index in
-                let bits = bytes.loadUnaligned(fromByteOffset: 2 * index, as: UInt16.self)
+                let bits = bytes.loadUnaligned(fromByteOffset: header + 2 * index, as: UInt16.self)
                 return Float16(bitPattern: UInt16(littleEndian: bits))
             }
         }

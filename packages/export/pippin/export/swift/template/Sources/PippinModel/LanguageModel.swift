@@ -6,6 +6,7 @@ public enum LanguageModelError: Error, CustomStringConvertible {
     case noTokens
     case noLogits
     case adapterLength(got: Int, expected: Int)
+    case adapterOfAnotherModel
 
     public var description: String {
         switch self {
@@ -17,6 +18,8 @@ public enum LanguageModelError: Error, CustomStringConvertible {
             return "The model gave no logits of the type Float16. Export it again."
         case .adapterLength(let got, let expected):
             return "The adapter has \(got) numbers; this model takes \(expected). Use one that was exported with it."
+        case .adapterOfAnotherModel:
+            return "The adapter was trained on another model. Use one that was exported with this one."
         }
     }
 }
@@ -30,7 +33,7 @@ public final class LanguageModel {
 
     private let prefill: MLModel
     private let decode: MLModel
-    private let adapter: MLMultiArray?
+    private var adapter: MLMultiArray?
     private var state: MLState
 
     /// Loads the functions of a compiled model.
@@ -53,14 +56,18 @@ public final class LanguageModel {
         prefill = try load("prefill")
         decode = try load("decode")
         state = decode.makeState()
+        try use(adapter)
+    }
+
+    /// Goes on with another adapter, from a new text: what is in the caches was computed with the old one.
+    public func use(_ adapter: Adapter?) throws {
         if ModelFacts.adapterLength > 0 {
-            let values = try (adapter ?? Adapter.none).values
+            let values = (adapter ?? Adapter.none).values
             self.adapter = MLMultiArray(MLShapedArray<Float16>(scalars: values, shape: [values.count]))
         } else if let adapter {
             throw LanguageModelError.adapterLength(got: adapter.values.count, expected: 0)
-        } else {
-            self.adapter = nil
         }
+        reset()
     }
 
     /// Compiles an .mlpackage, and tells where the result lies: move it to where it may stay.
