@@ -156,7 +156,8 @@ def test_any_config_comes_back_equal_from_a_message_and_from_text(cfg: Config):
 def test_every_parameter_has_known_logical_axes(name: str):
     cfg = fill_required(default(name), FIELDS)
     sizes = {s.field: SIZES[s.symbol] for s in interface(cfg.PROVIDES).settings if s.symbol}
-    model = nnx.eval_shape(lambda: cfg.set(**sizes).build(rngs=nnx.Rngs(0)))
+    fields, _, _ = SERVED.get(name, ({}, {}, {}))
+    model = nnx.eval_shape(lambda: cfg.set(**fields).set(**sizes).build(rngs=nnx.Rngs(0)))
     infos = flatten_params(parameter_infos(model))
     assert flatten_params(split(model)[1]).keys() == infos.keys()
     for path, info in infos.items():
