@@ -1,7 +1,6 @@
 """Accuracy-recovery adapters of a compressed model, and adapters for a task that start from them."""
 
 from pippin.layers.linear_config import lora
-from pippin.layers.unrolled import unrolled_config
 from pippin.train.input.config import MixtureConfig, StdlibConfig, TaskConfig, TokenizerFilesConfig
 from pippin.train.learner.config import RuleConfig
 from pippin.train.recipe import recipe
@@ -19,6 +18,9 @@ def recovery(base: TrainerConfig, compressed: str) -> TrainerConfig:
         base: the model that was compressed, and all else of the training: its tokenizer is that of the bundle.
         compressed: the bundle; it has no loops over layers, so that each matrix has its own bits.
     """
+    # It takes NumPy, which a list of recipes need not.
+    from pippin.layers.unrolled import unrolled_config
+
     rules = (
         RuleConfig(component="causal_lm", frozen=True),
         RuleConfig(component="pippin.layers.LoRALinear", direct=True),
