@@ -12,48 +12,13 @@ from typing import Any
 import numpy as np
 
 from pippin.core.config import Config
-from pippin.core.config_tree import traverse
-from pippin.core.errors import ConfigError
-from pippin.core.registry import component_name
 from pippin.export.coreai_tools import Function, Value, ops
 from pippin.export.coreai_weights import Weights
+from pippin.export.lowering_rules import Rules
 from pippin.export.program_sizes import STATES
 
-_RULES: dict[type[Config], Callable[..., Any]] = {}  # config class -> what writes its component
-
-# What changes how something is computed or begun, not what is computed.
-_NOTHING_TO_WRITE = frozenset({"", "initializer", "attention_kernel", "kv_cache"})
-
-
-def rule(*kinds: type[Config]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declares how components of some configs are written: `write(emitter, cfg, path, *values)`."""
-
-    def declare(write: Callable[..., Any]) -> Callable[..., Any]:
-        _RULES.update(dict.fromkeys(kinds, write))
-        return write
-
-    return declare
-
-
-def require_rules(cfg: Config) -> None:
-    """Raises unless every component of a tree has a rule.
-
-    Raises:
-        ConfigError: one has none; it is named, and those that have one.
-    """
-    missing = sorted(
-        {
-            component_name(type(child))
-            for _, child in traverse(cfg)
-            if type(child).PROVIDES not in _NOTHING_TO_WRITE and type(child) not in _RULES
-        }
-    )
-    if missing:
-        known = ", ".join(sorted(component_name(kind) for kind in _RULES))
-        raise ConfigError(
-            f"there is no rule that writes {', '.join(missing)} for Core AI. Rules are there for {known}. Replace the "
-            "component before training, or write a rule for it beside these."
-        )
+_RULES = Rules("for Core AI")
+rule, require_rules = _RULES.rule, _RULES.require
 
 
 class Emitter:

@@ -9,9 +9,8 @@ import numpy as np
 from pippin.core.errors import CheckpointError
 from pippin.core.quantized_array import Palettized, QuantizedArray, Scaled
 from pippin.export.coreai_tools import Constants, Value, ops
+from pippin.export.stored_weights import as_float16, described
 from pippin.v1 import export_pb2 as pb
-
-_MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
 
 class Weights:
@@ -53,7 +52,7 @@ class Weights:
                 values = self.constant(f"{name}.values", scaled.values, scaled.bits)
                 return self.rescaled(values, scale, scaled)
             case values:
-                return self.constant(name, _as_float16(name, np.asarray(values)))
+                return self.constant(name, as_float16(name, np.asarray(values)))
 
     def rescaled(self, values: Value, scale: Value, scaled: Scaled) -> Value:
         """Integers times their scales: float16."""
@@ -65,7 +64,7 @@ class Weights:
 
     def manifest(self) -> list[pb.ExportedWeight]:
         """What was stored, sorted by name."""
-        return [_described(name, self._params[name]) for name in sorted(self._read)]
+        return [described(name, self._params[name]) for name in sorted(self._read)]
 
     def _from_table(self, name: str, table: Palettized) -> Value:
         return ops.lut_to_dense(
@@ -73,29 +72,3 @@ class Weights:
             self.constant(f"{name}.luts", table.luts[..., None]),
             np.array(0, np.int16),  # along which vectors would be laid; entries are numbers
         )
-
-
-def _as_float16(name: str, values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        rounded = values.astype(np.float16)
-    finite = np.isfinite(rounded)
-    if not finite.all():
-        where = tuple(int(i) for i in np.argwhere(~finite)[0])
-        raise CheckpointError(
-            f"{name}{list(where)} is {values[where]}; a package holds finite numbers up to {_MAX_FLOAT16:g}, the largest "
-            "of float16. Export an earlier step of the training run, from before its weights grew so."
-        )
-    return rounded
-
-
-def _described(name: str, values: np.ndarray | QuantizedArray) -> pb.ExportedWeight:
-    match values:
-        case Palettized():
-            scheme, bits, size = "palettized", values.bits, values.nbytes
-        case Scaled():
-            scheme, bits, size = "scaled", values.bits, values.nbytes
-        case _:
-            scheme, bits, size = "float16", 16, 2 * values.size
-    return pb.ExportedWeight(
-        name=name, scheme=scheme, bits=bits, bytes=size, count=int(np.prod(values.shape))
-    )

@@ -9,52 +9,16 @@ from typing import Any
 import numpy as np
 
 from pippin.core.config import Config
-from pippin.core.config_tree import traverse
-from pippin.core.errors import ConfigError
-from pippin.core.registry import component_name
 from pippin.export.coreml_tools import Builder as mb
 from pippin.export.lower_weights import Blocks, Dense, Table, Weights
+from pippin.export.lowering_rules import Rules
 
 _UNSEEN = -30_000.0  # added to a logit: its weight is 0, and the sum a number of float16
 
 Var = Any  # a value of the program: coremltools' Var
 
-_RULES: dict[type[Config], Callable[..., Any]] = {}  # config class -> what writes its component
-
-# What changes how something is computed or begun, not what is computed.
-_NOTHING_TO_WRITE = frozenset({"", "initializer", "attention_kernel", "kv_cache"})
-
-
-def rule(*kinds: type[Config]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declares a function as what writes components of these config classes: (emitter, cfg, path, *args) -> result."""
-
-    def declare(write: Callable[..., Any]) -> Callable[..., Any]:
-        _RULES.update(dict.fromkeys(kinds, write))
-        return write
-
-    return declare
-
-
-def require_rules(cfg: Config) -> None:
-    """Raises unless every component of a tree has a rule.
-
-    Raises:
-        ConfigError: one has none; it is named, and those that have one.
-    """
-    missing: dict[str, list[str]] = {}  # component -> paths
-    for path, child in traverse(cfg):
-        if type(child).PROVIDES not in _NOTHING_TO_WRITE and type(child) not in _RULES:
-            missing.setdefault(component_name(type(child)), []).append(path or "the model")
-    if missing:
-        named = "; ".join(
-            f"{name} (at {paths[0]}{f' and {len(paths) - 1} more' * (len(paths) > 1)})"
-            for name, paths in missing.items()
-        )
-        known = ", ".join(sorted(component_name(kind) for kind in _RULES))
-        raise ConfigError(
-            f"there is no rule that writes {named} as a Core ML program. Rules are there for {known}. Replace the "
-            "component before training, or write a rule for it beside these."
-        )
+_RULES = Rules("as a Core ML program")
+rule, require_rules = _RULES.rule, _RULES.require
 
 
 class Emitter:

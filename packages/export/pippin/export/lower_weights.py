@@ -10,9 +10,8 @@ import numpy as np
 from pippin.core.errors import CheckpointError
 from pippin.core.quantized_array import Palettized, QuantizedArray, Scaled
 from pippin.export.coreml_tools import nptype_from_builtin, string_to_builtin
+from pippin.export.stored_weights import as_float16, described
 from pippin.v1 import export_pb2 as pb
-
-_MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Weights:
 
     def manifest(self) -> list[pb.ExportedWeight]:
         """What was stored, sorted by name."""
-        return [_described(name, self._params[name]) for name in sorted(self._stored)]
+        return [described(name, self._params[name]) for name in sorted(self._stored)]
 
 
 def _stored(name: str, values: np.ndarray | QuantizedArray, transposed: bool) -> Dense | Table | Blocks:
@@ -92,36 +91,6 @@ def _stored(name: str, values: np.ndarray | QuantizedArray, transposed: bool) ->
             return Dense(turned(as_float16(name, values)))
 
 
-def as_float16(name: str, values: np.ndarray) -> np.ndarray:
-    """Values rounded to float16.
-
-    Raises:
-        CheckpointError: one is NaN or infinite, or beyond what float16 holds.
-    """
-    with np.errstate(over="ignore"):
-        rounded = values.astype(np.float16)
-    finite = np.isfinite(rounded)
-    if not finite.all():
-        where = tuple(int(i) for i in np.argwhere(~finite)[0])
-        raise CheckpointError(
-            f"{name}{list(where)} is {values[where]}; a package holds finite numbers up to {_MAX_FLOAT16:g}, the largest "
-            "of float16. Export an earlier step of the training run, from before its weights grew so."
-        )
-    return rounded
-
-
 def _of_type(values: np.ndarray, name: str) -> np.ndarray:
     """The same integers under the type by which coremltools knows how many bits they take."""
     return values.astype(nptype_from_builtin(string_to_builtin(name)))
-
-
-def _described(name: str, values: np.ndarray | QuantizedArray) -> pb.ExportedWeight:
-    match values:
-        case Palettized():
-            scheme, bits, size = "palettized", values.bits, values.nbytes
-        case Scaled():
-            scheme, bits, size = "scaled", values.bits, values.nbytes
-        case _:
-            scheme, bits, size = "float16", 16, 2 * values.size
-    count = int(np.prod(values.shape))
-    return pb.ExportedWeight(name=name, scheme=scheme, bits=bits, bytes=size, count=count)
