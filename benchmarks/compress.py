@@ -6,6 +6,7 @@ loses: its perplexity less that of the model. Time is that of compressing, calib
 writing of files.
 
     bazel run //benchmarks:compress -- --model smollm2-135m-instruct
+    bazel run //benchmarks:compress -- --model runs/stdlib_tiny --text stdlib
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ from pippin.export.compress.text import batches, calibration_text, evaluation_te
 from pippin.layers.model_files import open_model
 from pippin.layers.named_models import find_model
 from pippin.layers.unrolled import unrolled
+from pippin.train.input.config import StdlibConfig, TextInputConfig
+from pippin.train.input.reading import Split
+from pippin.train.input.rejects import Rejects
+from pippin.train.input.sources import StdlibSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Contender:
     name: str
     recipe: RecipeConfig
     peer_bits: int | None = None  # of coremltools' palettes, in place of the recipe's linear maps
+    size_of: str = ""  # the contender before it whose bits its recipe is to meet; "": the recipe says itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Row:
 def contenders(peer_bits: list[int]) -> list[Contender]:
     """All, from most bits to fewest."""
     plain = RecipeConfig(linear=PaletteConfig(weighting=Weighting.NONE))
-    four = RECIPES["palettize_4bit"]
+    four, mixed = RECIPES["palettize_4bit"], RECIPES["mixed_3_7"]
     weighted = override(four, {"linear.weighting": Weighting.ACTIVATIONS})
     ours = [
         Contender("float16", RECIPES["float16"]),
@@ -77,16 +83,41 @@ def contenders(peer_bits: list[int]) -> list[Contender]:
         Contender("allocated, 3.5 bits", RECIPES["mixed_3_5"]),
         Contender("3 bits, by the loss", override(four, {"linear.bits": 3})),
         Contender("2 bits, by the loss", RECIPES["palettize_2bit"]),
+        Contender("allocated, as large as 4 bits", mixed, size_of="4 bits, by the loss"),
+        Contender("allocated, as large as 3 bits", mixed, size_of="3 bits, by the loss"),
     ]
     int8_rows = RecipeConfig(linear=RECIPES["float16"].linear, embedding=ScaleConfig())
     return ours + [Contender(f"coremltools, {bits} bits", int8_rows, bits) for bits in peer_bits]
 
 
-def run(model: str, chosen: list[Contender], out: Path) -> list[Row]:
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """What is read to compress, and what perplexity is measured on."""
+
+    calibration: str
+    evaluation: str
+
+
+def texts(name: str) -> Texts:
+    """Python's documentation, half for each ("topics"), or its library, of which a part is held out ("stdlib").
+
+    No model here was trained on the former but those of the standard library, which has it in a module. The latter's part is
+    the one that the default recipe holds out.
+    """
+    if name == "topics":
+        return Texts(calibration_text(), evaluation_text())
+    source, every = StdlibSource(StdlibConfig()), TextInputConfig().heldout_every
+    files = source.files()
+    trained, held = (source.parts(files, Split(side, every), Rejects()) for side in (False, True))
+    return Texts(*("\n\n".join(part.text for part in itertools.islice(side, 40)) for side in (trained, held)))
+
+
+def run(model: str, chosen: list[Contender], text_name: str, out: Path) -> list[Row]:
     """Compresses the model in each way, and measures all; rows are written to a file as they come."""
     bundle = open_model(find_model(model))
     component, params = unrolled(bundle.component, bundle.params())  # type: ignore[arg-type]
-    text = batches(RECIPES["float16"].evaluation, evaluation_text(), load_tokenizer(_tokenizer(bundle)))
+    read = texts(text_name)
+    text = batches(RECIPES["float16"].evaluation, read.evaluation, load_tokenizer(_tokenizer(bundle)))
     evaluator = Evaluator(component, text)
     size = sum(a.nbytes for a in flatten_params(params).values())
     rows = [Row("the model", 32.0, size / 1e6, evaluator.perplexity(params), None, None)]
@@ -95,7 +126,14 @@ def run(model: str, chosen: list[Contender], out: Path) -> list[Row]:
         for i, contender in enumerate(chosen):
             _say(f"{i + 1}/{len(chosen)} {contender.name}")
             place = Path(folder) / str(i)
-            seconds, peak = _in_a_process(_compress, model, contender, place)
+            if contender.size_of:
+                bits = next((row.bits_per_weight for row in rows if row.name == contender.size_of), None)
+                if bits is None:
+                    _say(f"left out: it has the size of {contender.size_of!r}, which did not run")
+                    continue
+                met = override(contender.recipe, {"linear.bits_per_weight": bits})
+                contender = dataclasses.replace(contender, recipe=met)
+            seconds, peak = _in_a_process(_compress, model, contender, read.calibration, place)
             compressed = load_bundle(place)
             bits, size = _sizes(compressed)
             rows.append(
@@ -111,12 +149,12 @@ def run(model: str, chosen: list[Contender], out: Path) -> list[Row]:
 def table(rows: list[Row]) -> str:
     """As text, with what each loses."""
     lines = [
-        f"{'':26}{'bits/weight':>12}{'MB':>8}{'perplexity':>14}{'loss':>14}{'seconds':>9}{'peak GiB':>10}"
+        f"{'':32}{'bits/weight':>12}{'MB':>8}{'perplexity':>14}{'loss':>14}{'seconds':>9}{'peak GiB':>10}"
     ]
     for row in rows:
         timed = "" if row.seconds is None else f"{row.seconds:9.0f}{row.peak_gib:10.1f}"
         lines.append(
-            f"{row.name:26}{row.bits_per_weight:12.2f}{row.model_mb:8.1f}{row.perplexity:14,.2f}"
+            f"{row.name:32}{row.bits_per_weight:12.2f}{row.model_mb:8.1f}{row.perplexity:14,.2f}"
             f"{row.perplexity - rows[0].perplexity:14,.2f}{timed}"
         )
     at = next((row for row in rows if row.name == "allocated, 3.7 bits"), None)
@@ -171,13 +209,13 @@ def page(rows: list[Row], text: str) -> str:
     )
 
 
-def _compress(model: str, contender: Contender, place: Path) -> tuple[float, float]:
+def _compress(model: str, contender: Contender, calibration: str, place: Path) -> tuple[float, float]:
     """Writes the compressed model; returns seconds and GiB of memory at the peak."""
     bundle = open_model(find_model(model))
     params = bundle.params()
     text = []
     if needs_calibration(contender.recipe):
-        text = batches(contender.recipe.calibration, calibration_text(), load_tokenizer(_tokenizer(bundle)))
+        text = batches(contender.recipe.calibration, calibration, load_tokenizer(_tokenizer(bundle)))
     matrices = {}
     if contender.peer_bits is not None:
         _, tree = unrolled(bundle.component, params)  # type: ignore[arg-type]
@@ -236,6 +274,12 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument(
+        "--text",
+        choices=("topics", "stdlib"),
+        default="topics",
+        help="Python's documentation, or its library with the part that the default recipe holds out (default: %(default)s)",
+    )
+    parser.add_argument(
         "--peer-bits", nargs="*", type=int, default=[4, 3, 2], help="of coremltools' palettes"
     )
     parser.add_argument("--only", nargs="*", help="contenders by the start of their names")
@@ -245,7 +289,7 @@ def main() -> None:
     chosen = contenders(args.peer_bits)
     if args.only is not None:
         chosen = [c for c in chosen if c.name.startswith(tuple(args.only))]
-    rows = run(args.model, chosen, args.out)
+    rows = run(args.model, chosen, args.text, args.out)
     text = table(rows)
     (args.out / "report.html").write_text(page(rows, text))
     print(f"{text}\n{(args.out / 'report.html').absolute()}")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.compress import Row, contenders, page, peer_loss, table
+from benchmarks.compress import Row, contenders, page, peer_loss, table, texts
 
 
 def _row(name, bits, perplexity):
@@ -39,3 +39,14 @@ def test_contenders_have_names_of_their_own():
     names = [c.name for c in contenders([4, 3])]
     assert len(set(names)) == len(names)
     assert names[-1] == "coremltools, 3 bits"
+    for i, contender in enumerate(contenders([4])):
+        assert not contender.size_of or contender.size_of in names[:i]
+
+
+@pytest.mark.parametrize("name", ["topics", "stdlib"])
+def test_no_text_is_read_both_to_compress_and_to_measure(name):
+    read = texts(name)
+    assert min(len(read.calibration), len(read.evaluation)) > 1 << 16
+    paragraphs = set(read.calibration.split("\n\n"))
+    common = [p for p in set(read.evaluation.split("\n\n")) & paragraphs if len(p) > 500]
+    assert not common

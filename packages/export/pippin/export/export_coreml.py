@@ -92,6 +92,8 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
             progress=lambda name: display.step(f"write {name}"),
         )
         exported = _described(source, lowered, options)
+        if options.recipe:
+            exported.source_signature = opened.signature
         # With a recipe the weights lie in the package and in the bundle beside it.
         num_bytes = sum(w.bytes for w in exported.weights) * (2 if options.recipe else 1)
         with new_export(out, SUFFIX, num_bytes) as places:
@@ -107,7 +109,6 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
             (places.folder / REPORT).write_text(report_page(source.name, exported))
             display.step("hash the files")
             write_manifest(places, exported)
-    model = Places.of(out).compressed if options.recipe else model
     return summary_text(exported, Places.of(out), str(model), time.monotonic() - began)
 
 

@@ -40,6 +40,10 @@ def _hashes(package):
     return {p.relative_to(package).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
+def _perplexity(told):
+    return re.search(r"perplexity of the float model +([\d.]+)", told)[1]
+
+
 def test_the_command_writes_a_package_and_says_what_it_is(bundle, tmp_path, capsys):
     out = tmp_path / "out" / "small.mlpackage"
     assert coreml.main(["--model", str(bundle), "--out", str(out), *_SIZES]) == 0
@@ -82,8 +86,21 @@ def test_a_recipe_compresses_and_leaves_the_bundle_that_the_package_is_of(bundle
     assert exported.recipe == "int8" and exported.bits_per_weight < 9
     kept = tmp_path / "x" / "compressed"
     assert exported.model_signature == model_signature(open_model(kept).params())
-    assert verify.main([str(out), "--model", str(bundle)]) == 2
-    assert f"give {out.with_suffix('')}/compressed as --model" in capsys.readouterr().err
+    assert exported.source_signature == model_signature(open_model(bundle).params())
+    # Either is the model that was exported, and no other is what it was compressed from.
+    asked = ["--steps", "2", "--mode", "exact", "--perplexity", "64"]
+    assert verify.main([str(out), "--model", str(bundle), *asked]) == 0
+    from_floats = _perplexity(capsys.readouterr().out)
+    assert verify.main([str(out), "--model", str(kept), "--float-model", str(bundle), *asked]) == 0
+    assert _perplexity(capsys.readouterr().out) == from_floats
+    assert verify.main([str(out), "--model", str(kept), *asked]) == 0
+    assert _perplexity(capsys.readouterr().out) != from_floats
+    made = t.model(t.TINY, seed=7)
+    other = save_bundle(tmp_path / "other", made.cfg, made.params)
+    assert verify.main([str(out), "--model", str(kept), "--float-model", str(other), *asked]) == 2
+    assert f"compressed from the model with the signature {exported.source_signature[:12]}; {other} has" in (
+        capsys.readouterr().err
+    )
     # The bundle gives the same package.
     again = tmp_path / "y.mlpackage"
     assert coreml.main(["--model", str(kept), "--out", str(again), *_SIZES, "--verify-steps", "0"]) == 0

@@ -73,25 +73,6 @@ def check_files(places: Places, exported: pb.ExportManifest) -> Check:
     return Check("files and their SHA-256", found, "all", not extra)
 
 
-def check_signature(model: Path, signature: str, exported: pb.ExportManifest, places: Places) -> None:
-    """That the package was made of this model.
-
-    Raises:
-        CheckpointError: it was not.
-    """
-    if signature != exported.model_signature:
-        remedy = "Give the model that was exported."
-        if places.compressed.is_dir():
-            remedy = (
-                f"Its weights were compressed for it: give {places.compressed} as --model, and what they were "
-                "compressed from as --float-model."
-            )
-        raise CheckpointError(
-            f"the package was made of the model with the signature {exported.model_signature[:12]}; {model} has "
-            f"{signature[:12]}. {remedy}"
-        )
-
-
 def check_sizes(program: Program, exported: pb.ExportManifest) -> Check:
     """That the program takes what the manifest says."""
     got = sizes(program)

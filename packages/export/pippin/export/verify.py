@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     request = Request(
         package=args.package,
         model=args.model,
-        float_model=args.float_model or args.model,
+        float_model=args.float_model,
         steps=args.steps,
         mode=args.mode,
         perplexity_tokens=args.perplexity,
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         required=True,
         metavar="MODEL",
-        help="that was exported: what //packages/export:coreml was given",
+        help="that was exported: what //packages/export:coreml was given, or X/compressed",
     )
     parser.add_argument(
         "--steps", type=int, default=32, help="tokens that are decoded (default: %(default)s)"
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--float-model",
+        default="",
         metavar="MODEL",
         help="before it was compressed, to which --perplexity compares (default: --model)",
     )

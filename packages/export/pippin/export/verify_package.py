@@ -6,6 +6,7 @@ import dataclasses
 import time
 from pathlib import Path
 
+from pippin.core.bundle import Bundle
 from pippin.core.errors import CheckpointError, ConfigError, DataError
 from pippin.export.compress.text import evaluation_text
 from pippin.export.display import Display
@@ -14,14 +15,13 @@ from pippin.export.jax_reference import adapted_reference, stored_reference
 from pippin.export.mil.interpreter import Interpreter, Mode
 from pippin.export.mil.program import Program
 from pippin.export.mil.spec import load_program
-from pippin.export.model_source import open_source
+from pippin.export.model_source import ModelSource, open_source
 from pippin.export.output import Places, read_manifest
 from pippin.export.package_runner import sizes
 from pippin.export.verification import (
     Check,
     check_bytes,
     check_files,
-    check_signature,
     check_sizes,
     check_states,
     compare,
@@ -42,8 +42,8 @@ class Request:
     """What a user asks for."""
 
     package: Path
-    model: str
-    float_model: str
+    model: str  # that was exported; of an export that compressed it, as it was before, or as it is beside the package
+    float_model: str = ""  # that perplexity is held against; "": `model`
     steps: int = 32
     mode: str = "both"
     perplexity_tokens: int = 0
@@ -99,9 +99,7 @@ def verify_package(request: Request) -> Report:
         exported = read_manifest(places)
         checks = [check_files(places, exported)]
         display.step("open the model")
-        path = find_model(request.model)
-        source = open_source(path)
-        check_signature(path, source.signature, exported, places)
+        source = exported_model(request.model, exported, places)
         display.step("open the package")
         program = load_program(places.package)
         checks += [check_sizes(program, exported), check_states(program), check_bytes(program, exported)]
@@ -124,7 +122,7 @@ def verify_package(request: Request) -> Report:
             runtime=RUNTIME,
         )
         if request.perplexity_tokens:
-            model = open_model(find_model(request.float_model))
+            model = float_model(request, source, exported)
             ids = prompt_ids(model, text, request.perplexity_tokens + 1)
             parity.perplexity_before, parity.perplexity_after = perplexities(
                 Interpreter(program, modes[0]), model, ids, display.step
@@ -134,6 +132,50 @@ def verify_package(request: Request) -> Report:
     if request.record and report.passed:
         record(places, exported, parity, comparisons[-1].runner, source.name)
     return report
+
+
+def exported_model(model: str, exported: pb.ExportManifest, places: Places) -> ModelSource:
+    """The model whose weights a package holds.
+
+    Args:
+        model: that a user names: the model that was exported. Where the export compressed its weights, those lie beside
+            the package, and either is the model that was exported.
+        exported: the package's manifest.
+        places: of the package.
+
+    Raises:
+        CheckpointError: there is no such model, or the package was made of another one.
+    """
+    path = find_model(model)
+    source = open_source(path)
+    if exported.source_signature and source.signature == exported.source_signature:
+        path = places.compressed
+        source = open_source(path)
+    if source.signature != exported.model_signature:
+        made_of = exported.source_signature or exported.model_signature
+        raise CheckpointError(
+            f"the package was made of the model with the signature {made_of[:12]}; {path} has {source.signature[:12]}. Give "
+            "the model that was exported."
+        )
+    return source
+
+
+def float_model(request: Request, source: ModelSource, exported: pb.ExportManifest) -> Bundle:
+    """The model that perplexity is held against.
+
+    Raises:
+        CheckpointError: there is no such model, or the package's weights were compressed from another one.
+    """
+    path = find_model(request.float_model or request.model)
+    if not request.float_model or not exported.source_signature:
+        return open_model(path)
+    found = open_source(path)
+    if found.signature not in (exported.source_signature, source.signature):
+        raise CheckpointError(
+            f"the package's weights were compressed from the model with the signature {exported.source_signature[:12]}; "
+            f"{path} has {found.signature[:12]}. Give the former as --float-model."
+        )
+    return found.bundle
 
 
 def _prompt_length(program: Program, steps: int) -> int:

@@ -42,7 +42,7 @@ def copy(export, tmp_path) -> TinyExport:
 
 def request(export: TinyExport, **changes: object) -> Request:
     model = str(export.model)
-    asked = Request(package=export.places.package, model=model, float_model=model, steps=4)
+    asked = Request(package=export.places.package, model=model, steps=4)
     return dataclasses.replace(asked, **changes)
 
 
@@ -124,10 +124,10 @@ def test_another_model_is_no_reference(export, tmp_path):
 
 def test_a_package_without_its_folder_is_refused(tmp_path):
     with pytest.raises(PippinError, match="is no package: there is no such folder"):
-        verify_package(Request(tmp_path / "x.mlpackage", "m", "m"))
+        verify_package(Request(tmp_path / "x.mlpackage", "m"))
     (tmp_path / "x.mlpackage").mkdir()
     with pytest.raises(manifest.DamageError, match="export_manifest.textproto: is absent"):
-        verify_package(Request(tmp_path / "x.mlpackage", "m", "m"))
+        verify_package(Request(tmp_path / "x.mlpackage", "m"))
 
 
 def test_too_many_steps_for_the_caches_are_refused(export):
