@@ -42,7 +42,7 @@ _PEERS = {"llama": "llama.cpp", "vllm": "vLLM", "hf": "Hugging Face"}
 _RATES = (0.7, 1.0, 1.5, 3.0)
 _LEAST_PROMPTS = 2  # of a round
 _BUSY = 0.5  # the load of a machine with other work
-_SETTLE_S = 0.5  # between turns: threads that wait for work stop to spin
+_SETTLE_S = 0.5  # before a turn: what a contender does when it goes on
 
 
 def main() -> int:
@@ -92,10 +92,11 @@ class Run:
                 metrics_port = free_port()
                 make = self._pippin("closed", "--metrics-port", str(metrics_port))
                 server = self._start(ours, _OURS, make)
-                prompts = iter(list(_prompts(server, self.args.prompt_tokens)))
+                with _alone(server):
+                    prompts = iter(list(_prompts(server, self.args.prompt_tokens)))
+                    counter = overhead.StepCounter(metrics_port, server)
                 for streams in self.args.streams:
-                    rivals = {_OURS: server, _PLAIN: plain, **others}
-                    self._closed_loop(rivals, streams, prompts, overhead.StepCounter(metrics_port, server))
+                    self._closed_loop({_OURS: server, _PLAIN: plain, **others}, streams, prompts, counter)
                 if self.args.streams:
                     log = self.args.out / "idle.log"
                     self._say("the work beside the model")
@@ -133,6 +134,7 @@ class Run:
         self._say(f"starting {name}")
         contender = make()
         stack.callback(contender.stop)
+        contender.pause()
         self.results.ready_s[name] = contender.ready_s
         return contender
 
@@ -145,11 +147,12 @@ class Run:
             most = max(_LEAST_PROMPTS, streams * args.prompts_per_stream)
             batch = list(itertools.islice(prompts, most))
             for name, contender in rivals.items():
-                time.sleep(_SETTLE_S)
-                counter.since()
-                answers = contender.closed_loop(streams, batch, args.max_tokens)
-                if name == _OURS:
-                    steps.append(counter.since())
+                with _alone(contender):
+                    if name == _OURS:
+                        counter.since()
+                    answers = contender.closed_loop(streams, batch, args.max_tokens)
+                    if name == _OURS:
+                        steps.append(counter.since())
                 seconds = max(a.ended_s for a in answers)
                 self._add(Turn(name, streams, None, answers, self._figures(answers, (0, seconds))))
                 self._say(f"{streams} streams, round {number + 1} of {args.rounds}: {self._last()}")
@@ -176,8 +179,8 @@ class Run:
             # Whoever is not answered by then did not keep the SLO.
             until_s = args.seconds + slo.longest_s(args.max_tokens)
             for rival, contender in rivals.items():
-                time.sleep(_SETTLE_S)
-                answers = contender.open_loop(arrivals, batch, args.max_tokens, until_s)
+                with _alone(contender):
+                    answers = contender.open_loop(arrivals, batch, args.max_tokens, until_s)
                 # Not the beginning, when all places are free.
                 window = (args.seconds / 2, args.seconds)
                 self._add(Turn(rival, None, rate, answers, self._figures(answers, window)))
@@ -209,6 +212,17 @@ class Run:
 
     def _say(self, what: str) -> None:
         print(f"[{time.monotonic() - self._began:4.0f} s] {what}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _alone(contender: Contender) -> Iterator[None]:
+    """One contender runs, and those that wait for their turn do not: some of them compute while they wait."""
+    contender.resume()
+    time.sleep(_SETTLE_S)
+    try:
+        yield
+    finally:
+        contender.pause()
 
 
 def _prompts(server: Server, length: int) -> Iterator[Prompt]:

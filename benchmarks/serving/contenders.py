@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -55,6 +56,14 @@ class Contender(Protocol):
         """The most memory that each of its processes had, in all."""
         ...
 
+    def pause(self) -> None:
+        """Takes the cores from it, as nobody asks it anything: threads that wait for work use them too."""
+        ...
+
+    def resume(self) -> None:
+        """Gives them back."""
+        ...
+
     def stop(self) -> None:
         """Ends it."""
         ...
@@ -81,6 +90,14 @@ class Process:
         root = psutil.Process(self._popen.pid)
         return sum(_peak_bytes(p.pid) for p in [root, *root.children(recursive=True)])
 
+    def pause(self) -> None:
+        """See `Contender`."""
+        _signal(self._popen.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """See `Contender`."""
+        _signal(self._popen.pid, signal.SIGCONT)
+
     def cpu_s(self) -> float:
         """What it computed so far."""
         times = psutil.Process(self._popen.pid).cpu_times()
@@ -88,6 +105,7 @@ class Process:
 
     def stop(self) -> None:
         """Ends it and its children."""
+        self.resume()  # or it would not hear of it
         with contextlib.suppress(psutil.NoSuchProcess):
             tree = psutil.Process(self._popen.pid).children(recursive=True)
             self._popen.terminate()
@@ -141,6 +159,14 @@ class Server:
     def peak_bytes(self) -> int:
         """See `Contender`."""
         return self.process.peak_bytes()
+
+    def pause(self) -> None:
+        """See `Contender`."""
+        self.process.pause()
+
+    def resume(self) -> None:
+        """See `Contender`."""
+        self.process.resume()
 
     def stop(self) -> None:
         """See `Contender`."""
@@ -300,6 +326,14 @@ class HuggingFace:
         """See `Contender`."""
         return _peak_bytes(self._process.pid)
 
+    def pause(self) -> None:
+        """See `Contender`."""
+        _signal(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """See `Contender`."""
+        _signal(self._process.pid, signal.SIGCONT)
+
     def stop(self) -> None:
         """See `Contender`."""
         self._process.kill()
@@ -318,6 +352,14 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
+
+
+def _signal(pid: int, number: int) -> None:
+    """Sends a signal to a process and all that it started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            process.send_signal(number)
 
 
 def _peak_bytes(pid: int) -> int:

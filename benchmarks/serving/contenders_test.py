@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.serving.answers import Ending, Slo, figures
@@ -15,6 +17,13 @@ from benchmarks.serving.overhead import StepCounter, idle_steps
 from benchmarks.serving.peers import PeerError, Places, missing
 
 _MODULE = [sys.executable, "-P", "-m", "benchmarks.serving.idle_server"]
+
+
+def _wait_until(true: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def _prompts() -> Iterator[list[int]]:
@@ -70,6 +79,22 @@ def test_the_work_beside_the_model_is_counted_for_each_number_of_streams(tmp_pat
 def test_a_server_that_ends_says_why(tmp_path: Path) -> None:
     with pytest.raises(PeerError, match="no-such-flag"):
         grpc_server([*_MODULE, "--no-such-flag"], tmp_path / "log", free_port())
+
+
+def test_a_process_that_is_paused_computes_nothing_and_can_be_stopped(tmp_path: Path) -> None:
+    process = Process(["sh", "-c", "sh -c 'echo $$; while :; do :; done' & wait"], tmp_path / "log")
+    _wait_until(lambda: (tmp_path / "log").read_text().endswith("\n"))
+    child = psutil.Process(int((tmp_path / "log").read_text()))
+    process.pause()
+    _wait_until(lambda: child.status() == psutil.STATUS_STOPPED)
+    before = child.cpu_times().user
+    time.sleep(0.3)
+    assert child.cpu_times().user == before
+    process.resume()
+    _wait_until(lambda: child.cpu_times().user > before)
+    process.pause()
+    process.stop()
+    _wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
 
 
 def test_a_process_is_stopped_with_its_children(tmp_path: Path) -> None:
