@@ -6,11 +6,11 @@ from benchmarks.compress import Row, contenders, page, peer_loss, table, texts
 
 
 def _row(name, bits, perplexity):
-    return Row(name, bits, 10.0, perplexity, 1.0, 0.5)
+    return Row(name, bits, 10.0, perplexity, 1.0, 2.0, 0.5)
 
 
 _ROWS = [
-    Row("the model", 32.0, 40.0, 10.0, None, None),
+    Row("the model", 32.0, 40.0, 10.0, None, None, None),
     _row("allocated, 3.7 bits", 3.5, 10.5),
     _row("coremltools, 4 bits", 4.0, 11.0),
     _row("coremltools, 3 bits", 3.0, 14.0),

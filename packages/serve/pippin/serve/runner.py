@@ -29,6 +29,7 @@ from pippin.serve.engine.request import Sampled, Sums
 from pippin.serve.engine.scheduler import Limits, Row, doublings
 from pippin.serve.errors import PreconditionError
 from pippin.serve.form import Form
+from pippin.serve.huge_pages import regions, use_huge_pages
 from pippin.serve.placement import Placement
 from pippin.serve.sampler import Sampler, compiler_options
 
@@ -121,6 +122,7 @@ class ModelRunner:
         """Makes the cache anew. What pages held is lost."""
         self._cache = None  # before the new one: two may not fit
         self._cache = self._empty(self._params)
+        use_huge_pages(regions(jax.tree.leaves(self._cache)))
 
     def put_adapter(self, slot: int, maps: Mapping[str, LowRank]) -> None:
         """Makes some low-rank maps the adapter in a slot that no row has. Steps may be computed meanwhile.
@@ -158,7 +160,9 @@ class ModelRunner:
                 f"The weights are those of another model: {name} is {_kind(new.get(name))}, and "
                 f"{_kind(old.get(name))} is served."
             )
-        return self._placed(params)
+        placed = self._placed(params)
+        use_huge_pages(regions(jax.tree.leaves(placed)))
+        return placed
 
     def exchange(self, prepared: Params) -> None:
         """Computes with other parameters from now on. What pages hold is of no use any more."""
@@ -195,6 +199,8 @@ class ModelRunner:
     def warm_up(self, told: Callable[[Shape, float], None] = lambda shape, seconds: None) -> None:
         """Compiles all programs, or gets them from JAX's cache of compiled programs, some at a time.
 
+        Meanwhile the weights and the cache get huge pages, where this is a CPU.
+
         Args:
             told: gets each shape, and how many seconds it took.
         """
@@ -209,7 +215,8 @@ class ModelRunner:
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), self._cache
         )
         # While one is traced, which takes Python's lock, others are compiled or read.
-        with concurrent.futures.ThreadPoolExecutor(_COMPILING_THREADS) as threads:
+        with concurrent.futures.ThreadPoolExecutor(_COMPILING_THREADS + 1) as threads:
+            threads.submit(use_huge_pages, regions(jax.tree.leaves((self._params, self._cache))))
             for shape, (seconds, program) in zip(
                 self.shapes(), threads.map(compiled, self.shapes()), strict=True
             ):
