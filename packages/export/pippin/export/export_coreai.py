@@ -22,7 +22,14 @@ from pippin.export.coreai_tools import AIModelAssetMetadata
 from pippin.export.display import Display
 from pippin.export.lower_coreai import LoweredCoreAI, lower_coreai
 from pippin.export.model_source import ModelSource, compressed, open_source
-from pippin.export.output import Places, new_export, require_free, write_manifest, write_tokenizer
+from pippin.export.output import (
+    Places,
+    library_writes,
+    new_export,
+    require_free,
+    write_manifest,
+    write_tokenizer,
+)
 from pippin.export.program_sizes import Sizes
 from pippin.export.summary import tables
 from pippin.layers.named_models import find_model
@@ -95,7 +102,10 @@ def export_coreai(model: str | Path, out: str | Path, options: Options) -> str:
         exported = _described(source, lowered, options)
         with new_export(out, SUFFIX, sum(w.bytes for w in exported.weights)) as places:
             display.step("store the weights")
-            lowered.program.save_asset(places.package, AIModelAssetMetadata(description=_one_line(source)))
+            with library_writes(places.package):
+                lowered.program.save_asset(
+                    places.package, AIModelAssetMetadata(description=_one_line(source))
+                )
             write_tokenizer(source.tokenizer, places)
             if options.check_steps:
                 display.step("run it, and the model in JAX")

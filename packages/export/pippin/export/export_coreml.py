@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pippin.core import manifest
-from pippin.core.adapter import load_adapter
 from pippin.core.bundle import load_bundle, save_bundle
 from pippin.core.errors import CheckpointError, ConfigError
 from pippin.core.module import unflatten_params
-from pippin.export.adapter_layout import adapter_file, packed_adapter
+from pippin.export.adapter_files import write_adapters
 from pippin.export.display import Display
 from pippin.export.lower import Lowered, Sizes, lower
 from pippin.export.lower_emitter import require_rules
@@ -24,14 +22,11 @@ from pippin.export.package import user_metadata, write_package
 from pippin.export.report import report_page
 from pippin.export.summary import summary_text
 from pippin.export.swift.swift_package import write_swift_package
-from pippin.export.tokenizer_json import write_tokenizer_json
-from pippin.layers.adapter import unrolled_maps
-from pippin.layers.causal_lm_config import CausalLMConfig
+from pippin.export.swift.swift_tokenizer import complete_tokenizer
 from pippin.layers.named_models import find_model
 from pippin.v1 import export_pb2 as pb
 
 SUFFIX = ".mlpackage"
-ADAPTERS = "adapters"
 REPORT = "report.html"
 
 
@@ -100,10 +95,10 @@ def export_coreml(model: str | Path, out: str | Path, options: Options) -> str:
             display.step("store the weights")
             write_package(places, lowered, user_metadata(exported, source.name), _one_line(source))
             write_tokenizer(source.tokenizer, places)
-            write_tokenizer_json(places.folder / TOKENIZER)
+            complete_tokenizer(places.folder / TOKENIZER)
             if options.recipe:
                 source = _kept(source, places)
-            _write_adapters(places, options.adapters, source, exported)
+            write_adapters(places, options.adapters, source.bundle, exported.adapter)
             write_swift_package(places, exported)
             _measure(opened, source, places, exported, options, display)
             (places.folder / REPORT).write_text(report_page(source.name, exported))
@@ -172,21 +167,6 @@ def _described(source: ModelSource, lowered: Lowered, sizes: Sizes) -> pb.Export
             recipe=source.provenance.recipe, step=source.provenance.step, source=source.name
         ),
     )
-
-
-def _write_adapters(
-    places: Places, directories: Sequence[Path], source: ModelSource, exported: pb.ExportManifest
-) -> None:
-    """Writes adapters as the program takes them: NAME.bin, behind the signature of the model that they are for."""
-    for directory in directories:
-        adapter = load_adapter(directory)
-        cfg = source.bundle.component
-        assert isinstance(cfg, CausalLMConfig)  # or it would not have been opened
-        maps = unrolled_maps(cfg, unflatten_params(source.bundle.weights), adapter.maps())
-        flat = packed_adapter(adapter, maps, exported.adapter)
-        folder = places.folder / ADAPTERS
-        folder.mkdir(exist_ok=True)
-        manifest.write_file(folder / f"{adapter.directory.name}.bin", adapter_file(flat, exported.adapter))
 
 
 def _one_line(source: ModelSource) -> str:
