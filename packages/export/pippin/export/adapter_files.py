@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from pippin.core.adapter import LowRank, load_adapter
+from pippin.core.adapter import LowRank
 from pippin.core.bundle import Bundle
 from pippin.core.errors import CheckpointError
 from pippin.core.manifest import write_file
 from pippin.core.module import unflatten_params
-from pippin.export.adapter_layout import adapter_file, packed_adapter, require_base
+from pippin.export.adapter_layout import adapter_file, open_adapter, packed_adapter, require_base
 from pippin.export.output import Places
 from pippin.layers.adapter import unrolled_maps
 from pippin.layers.causal_lm_config import CausalLMConfig
@@ -66,7 +66,7 @@ def packed_files(
     """
     files: dict[str, bytes] = {}
     for directory in directories:
-        adapter = load_adapter(directory)
+        adapter = open_adapter(directory)
         name = adapter.directory.name
         if name in files:
             raise CheckpointError(

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 
-from pippin.core.adapter import Adapter, LowRank
+from pippin.core.adapter import Adapter, LowRank, load_adapter
 from pippin.core.errors import CheckpointError, ConfigError
 from pippin.v1 import export_pb2 as pb
 
 SIGNATURE_CHARS = 64  # that the file of an adapter begins with
 
 _LINEAR = re.compile(r"(decoder\..+)\.weight")
+
+
+def open_adapter(directory: str | Path) -> Adapter:
+    """The adapter in a directory.
+
+    Raises:
+        CheckpointError: there is no such directory, or no adapter in it.
+        DamageError: files of it are absent or not as they were written.
+    """
+    if not Path(directory).is_dir():
+        raise CheckpointError(
+            f"there is no adapter {directory}: {'it is no directory' if Path(directory).exists() else 'no such directory'}. "
+            "Give one that //packages/layers:adapter wrote."
+        )
+    return load_adapter(directory)
 
 
 def adapter_layout(shapes: Mapping[str, tuple[int, ...]], rank: int, base_signature: str) -> pb.AdapterLayout:

@@ -6,7 +6,8 @@ Import it late: see `coreai_tools`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,16 @@ class Emitter:
     of the context.
     """
 
-    def __init__(self, weights: Weights, function: Function, *, tokens: int, context: int, dtype: type):
+    def __init__(
+        self,
+        weights: Weights,
+        function: Function,
+        *,
+        tokens: int,
+        context: int,
+        dtype: type,
+        adapter_slots: Mapping[str, tuple[int, tuple[int, ...]]],
+    ):
         """
         Args:
             weights: of the model, for all functions.
@@ -36,9 +46,10 @@ class Emitter:
             tokens: of a call.
             context: slots of the caches.
             dtype: that is computed in, np.float16 or np.float32.
+            adapter_slots: name of a matrix -> where it lies in the input `adapter`, and its shape.
         """
         self.weights, self.tokens, self.context, self.dtype = weights, tokens, context, dtype
-        self._function = function
+        self._function, self._adapter_slots = function, adapter_slots
         self._made: dict[str, Any] = {}
         self._old_caches = {name: function.read(name) for name in STATES}
         self._new_caches: dict[str, list[Value]] = {name: [] for name in STATES}
@@ -71,6 +82,17 @@ class Emitter:
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
+
+    def low_rank(self, path: str, x: Value) -> Value | None:
+        """What the adapter adds to the linear map at a path; None where it has no room for it."""
+        down, up = (self._adapter_slots.get(f"{path}.{end}") for end in ("down", "up"))
+        if down is None or up is None:
+            return None
+        return ops.batch_matmul(ops.batch_matmul(x, self._of_adapter(*down)), self._of_adapter(*up))
+
+    def _of_adapter(self, offset: int, shape: tuple[int, ...]) -> Value:
+        flat = self.once("adapter", lambda: self.computed(self._function.inputs["adapter"]))
+        return reshaped(sliced(flat, [offset], [offset + math.prod(shape)]), shape)
 
     @functools.cached_property
     def ids(self) -> Value:

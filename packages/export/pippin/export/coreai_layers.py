@@ -23,7 +23,10 @@ from pippin.layers.stack_config import (
 @rule(LinearConfig, QuantizedLinearConfig)
 def _linear(e: Emitter, cfg: LinearConfig, path: str, x: Value) -> Value:
     y = ops.batch_matmul(x, e.weight(f"{path}.weight"))
-    return ops.broadcasting_add(y, e.weight(f"{path}.bias")) if cfg.bias else y
+    if cfg.bias:
+        y = ops.broadcasting_add(y, e.weight(f"{path}.bias"))
+    added = e.low_rank(path, x)
+    return y if added is None else ops.broadcasting_add(y, added)
 
 
 @rule(LoRALinearConfig)

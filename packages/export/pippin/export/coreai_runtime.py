@@ -35,8 +35,12 @@ class CoreAIModel:
     def __enter__(self) -> CoreAIModel:  # noqa: PYI034  the checks of annotations in tests refuse Self
         model = self._loop.run_until_complete(self._entered.__aenter__())
         self._functions: dict[str, Any] = {name: model.load_function(name) for name in FUNCTIONS}
-        mask = self._functions["prefill"].desc.input_descriptor("causalMask").shape
+        desc = self._functions["prefill"].desc
+        mask = desc.input_descriptor("causalMask").shape
         self.prefill_length, self.context_length = int(mask[2]), int(mask[3])
+        takes = "adapter" in desc.input_names
+        self.adapter_length = int(desc.input_descriptor("adapter").shape[0]) if takes else 0
+        self.use_adapter(None)
         self.reset()
         return self
 
@@ -52,6 +56,23 @@ class CoreAIModel:
         desc = self._functions["decode"].desc
         shapes = {name: tuple(desc.state_descriptor(name).shape) for name in STATES}
         self._states = {name: NDArray(np.zeros(shape, np.float16)) for name, shape in shapes.items()}
+
+    def use_adapter(self, adapter: np.ndarray | None) -> None:
+        """From here on the program adds an adapter. The caches stay as they are.
+
+        Args:
+            adapter: its flat input, float16 [N]; None is none.
+
+        Raises:
+            CheckpointError: the program takes another.
+        """
+        if adapter is not None and adapter.shape != (self.adapter_length,):
+            raise CheckpointError(
+                f"the adapter has {list(adapter.shape)} numbers, and the program takes {self.adapter_length}. Export the "
+                "program with --adapter-rank, and the adapter with the program."
+            )
+        flat = np.zeros(self.adapter_length, np.float16) if adapter is None else adapter
+        self._adapter = {"adapter": NDArray(flat)} if self.adapter_length else {}
 
     def states(self) -> dict[str, np.ndarray]:
         """What the caches hold."""
@@ -72,7 +93,7 @@ class CoreAIModel:
             "position": np.array([position], np.int32),
             "causalMask": np.where(seen, 0, -np.inf).astype(np.float16)[None, None],
         }
-        given = {key: NDArray(value) for key, value in inputs.items()}
+        given = {key: NDArray(value) for key, value in inputs.items()} | self._adapter
         outputs = self._loop.run_until_complete(self._functions[name](given, self._states))
         return np.array(outputs["logits"].numpy())[0, : len(ids)]
 

@@ -223,6 +223,11 @@ def test_mistakes_are_told_without_a_stack_trace(bundle, tmp_path, capsys):
         (["--model", str(bundle), "--out", "x.mlpackage", "--context", "100"], "multiple of 32"),
         (["--model", str(bundle), "--out", "x.mlpackage", "--recipe", "int9"], "there is no recipe 'int9'"),
         (["--model", str(bundle), "--out", "x.mlpackage", "--verify-steps", "-1"], "both must be 0"),
+        (
+            ["--model", str(bundle), "--out", "x.mlpackage", "--adapter", "nosuch"],
+            "nosuch: no such directory",
+        ),
+        (["--model", str(bundle), "--out", "x.mlpackage", "--adapter", __file__], "it is no directory"),
         (["--model", str(bundle), "--out", "x.mlpackage", "--recipe", "palettize_4bit"], "has no tokenizer"),
     ):
         assert coreml.main(arguments) == 2

@@ -6,33 +6,24 @@ fixed; each state is read once and written once, whole. Import it late: see `cor
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from pippin.core.quantized_array import QuantizedArray
 from pippin.export import lower_attention, lower_linear, lower_model  # noqa: F401  they declare the rules
-from pippin.export.adapter_layout import adapter_layout
 from pippin.export.coreml_tools import Builder as mb
 from pippin.export.coreml_tools import ct, mil, types
 from pippin.export.lower_emitter import Emitter, require_rules
 from pippin.export.lower_weights import Weights
-from pippin.export.program_sizes import FUNCTIONS, STATES, Sizes, cache_shape
+from pippin.export.program_interface import Lowered, program_interface
+from pippin.export.program_sizes import FUNCTIONS, Sizes
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.v1 import export_pb2 as pb
 
 TARGET = ct.target.iOS18
 
-
-@dataclasses.dataclass(frozen=True)
-class Lowered:
-    """A program, and what its manifest says of it."""
-
-    program: mil.Program
-    functions: tuple[pb.ExportedFunction, ...]
-    weights: tuple[pb.ExportedWeight, ...]
-    adapter: pb.AdapterLayout | None
+_TYPES = {"int32": types.int32, "float16": types.fp16}
 
 
 def lower(
@@ -57,63 +48,31 @@ def lower(
         CheckpointError: a weight is absent, or no finite number of float16.
     """
     require_rules(cfg)
-    cache = cache_shape(cfg, sizes.context_length)
-    layout = None
-    if sizes.adapter_rank:
-        shapes = {name: tuple(values.shape) for name, values in params.items()}
-        layout = adapter_layout(shapes, sizes.adapter_rank, base_signature)
+    interface = program_interface(cfg, params, sizes, base_signature)
     weights = Weights(params)
     program = mil.Program()
     mb.name_count.clear()  # names of ops count from the last program on otherwise
-    described = []
-    for name, tokens in zip(FUNCTIONS, (sizes.prefill_length, 1), strict=True):
-        progress(name)
-        inputs = _inputs(tokens, sizes.context_length, cache, layout)
-        program.add_function(name, _function(cfg, weights, inputs, tokens, sizes.context_length, layout))
-        described.append(_described(name, inputs, (1, tokens, cfg.vocab_size)))
+    for described in interface.functions:
+        progress(described.name)
+        program.add_function(described.name, _function(cfg, weights, described, interface.adapter_slots))
     program.default_function_name = FUNCTIONS[0]
     program.export_as_multifunction = True
     program.skip_all_passes = True  # it is as it is to be
-    return Lowered(program, tuple(described), tuple(weights.manifest()), layout)
-
-
-def _inputs(
-    tokens: int, context: int, cache: tuple[int, ...], layout: pb.AdapterLayout | None
-) -> dict[str, mil.Placeholder]:
-    inputs = {
-        "inputIds": mb.TensorSpec((1, tokens), types.int32),
-        "position": mb.TensorSpec((1,), types.int32),
-        "causalMask": mb.TensorSpec((1, 1, tokens, context), types.fp16),
-    }
-    if layout is not None:
-        inputs["adapter"] = mb.TensorSpec((layout.length,), types.fp16)
-    states = {name: mb.StateTensorSpec(cache, types.fp16) for name in STATES}
-    return inputs | states
+    return Lowered(program, interface.functions, tuple(weights.manifest()), interface.adapter)
 
 
 def _function(
     cfg: CausalLMConfig,
     weights: Weights,
-    inputs: dict[str, mil.Placeholder],
-    tokens: int,
-    context: int,
-    layout: pb.AdapterLayout | None,
+    described: pb.ExportedFunction,
+    slots: dict[str, tuple[int, tuple[int, ...]]],
 ) -> mil.Function:
-    slots = {} if layout is None else {s.name: (s.offset, tuple(s.shape)) for s in layout.slots}
-    with mil.Function(inputs, opset_version=TARGET) as function:
+    inputs = {t.name: mb.TensorSpec(tuple(t.shape), _TYPES[t.dtype]) for t in described.inputs}
+    states = {t.name: mb.StateTensorSpec(tuple(t.shape), _TYPES[t.dtype]) for t in described.states}
+    *_, tokens, context = inputs["causalMask"].sym_shape
+    with mil.Function(inputs | states, opset_version=TARGET) as function:
         emitter = Emitter(weights, dict(function.inputs), tokens=tokens, context=context, adapter_slots=slots)
         logits = emitter.emit(cfg, "", emitter.ids)
         logits.set_name("logits")
         function.set_outputs([logits])
-    return function
-
-
-def _described(name: str, inputs: dict[str, mil.Placeholder], logits: tuple[int, ...]) -> pb.ExportedFunction:
-    function = pb.ExportedFunction(name=name)
-    for key, spec in inputs.items():
-        dtype = "int32" if spec.dtype is types.int32 else "float16"
-        (function.states if key in STATES else function.inputs).add(
-            name=key, dtype=dtype, shape=spec.sym_shape
-        )
-    function.outputs.add(name="logits", dtype="float16", shape=logits)
     return function

@@ -5,8 +5,7 @@ The functions, inputs, states and outputs are those of the Core ML program. Impo
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -15,18 +14,12 @@ from pippin.export import coreai_attention, coreai_layers  # noqa: F401  they de
 from pippin.export.coreai_emitter import Emitter, require_rules, reshaped
 from pippin.export.coreai_tools import AIProgram, Function, Module, TensorType, ops
 from pippin.export.coreai_weights import Weights
-from pippin.export.program_sizes import FUNCTIONS, STATES, Sizes, cache_shape
+from pippin.export.program_interface import Lowered, program_interface
+from pippin.export.program_sizes import Sizes
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.v1 import export_pb2 as pb
 
-
-@dataclasses.dataclass(frozen=True)
-class LoweredCoreAI:
-    """A program, and what its manifest says of it."""
-
-    program: AIProgram
-    functions: tuple[pb.ExportedFunction, ...]
-    weights: tuple[pb.ExportedWeight, ...]
+_TYPES = {"int32": np.int32, "float16": np.float16}
 
 
 def lower_coreai(
@@ -35,8 +28,9 @@ def lower_coreai(
     sizes: Sizes,
     *,
     dtype: type = np.float16,
+    base_signature: str = "",
     progress: Callable[[str], None] = lambda what: None,
-) -> LoweredCoreAI:
+) -> Lowered:
     """The program of a model.
 
     Args:
@@ -44,6 +38,7 @@ def lower_coreai(
         params: its parameters by name. What is not quantised is stored as float16.
         sizes: of the program.
         dtype: that is computed in, np.float16 or np.float32. Weights, states and logits are float16 either way.
+        base_signature: of the model that adapters must have been trained on.
         progress: is told which function is written.
 
     Raises:
@@ -51,37 +46,32 @@ def lower_coreai(
         CheckpointError: a weight is absent, or no finite number of float16.
     """
     require_rules(cfg)
-    cache = cache_shape(cfg, sizes.context_length)
+    interface = program_interface(cfg, params, sizes, base_signature)
     module = Module.create()
-    described = []
     with module:
         weights = Weights(params)
-        for name, tokens in zip(FUNCTIONS, (sizes.prefill_length, 1), strict=True):
-            progress(name)
-            inputs = {
-                "inputIds": TensorType((1, tokens), np.int32),
-                "position": TensorType((1,), np.int32),
-                "causalMask": TensorType((1, 1, tokens, sizes.context_length), np.float16),
-            }
-            states = {state: TensorType(cache, np.float16) for state in STATES}
-            outputs = {"logits": TensorType((1, tokens, cfg.vocab_size), np.float16)}
-            function = Function(name, inputs, states, outputs)
-            with function.body():
-                emitter = Emitter(weights, function, tokens=tokens, context=sizes.context_length, dtype=dtype)
-                logits = reshaped(emitter.emit(cfg, "", emitter.ids), [1, tokens, cfg.vocab_size])
-                function.end([logits if dtype is np.float16 else ops.cast(logits, np.float16)])
-            described.append(_described(name, tokens, cache, sizes.context_length, cfg.vocab_size))
-    return LoweredCoreAI(AIProgram(module), tuple(described), tuple(weights.manifest()))
+        for described in interface.functions:
+            progress(described.name)
+            _write(cfg, weights, described, interface.adapter_slots, dtype)
+    return Lowered(AIProgram(module), interface.functions, tuple(weights.manifest()), interface.adapter)
 
 
-def _described(
-    name: str, tokens: int, cache: tuple[int, ...], context: int, vocab_size: int
-) -> pb.ExportedFunction:
-    function = pb.ExportedFunction(name=name)
-    function.inputs.add(name="inputIds", dtype="int32", shape=(1, tokens))
-    function.inputs.add(name="position", dtype="int32", shape=(1,))
-    function.inputs.add(name="causalMask", dtype="float16", shape=(1, 1, tokens, context))
-    for state in STATES:
-        function.states.add(name=state, dtype="float16", shape=cache)
-    function.outputs.add(name="logits", dtype="float16", shape=(1, tokens, vocab_size))
-    return function
+def _write(
+    cfg: CausalLMConfig,
+    weights: Weights,
+    described: pb.ExportedFunction,
+    slots: dict[str, tuple[int, tuple[int, ...]]],
+    dtype: type,
+) -> None:
+    """Writes a function into the module that is open."""
+    inputs, states, outputs = map(_types, (described.inputs, described.states, described.outputs))
+    *_, tokens, context = next(tensor.shape for tensor in described.inputs if tensor.name == "causalMask")
+    function = Function(described.name, inputs, states, outputs)
+    with function.body():
+        emitter = Emitter(weights, function, tokens=tokens, context=context, dtype=dtype, adapter_slots=slots)
+        logits = reshaped(emitter.emit(cfg, "", emitter.ids), [1, tokens, cfg.vocab_size])
+        function.end([logits if dtype is np.float16 else ops.cast(logits, np.float16)])
+
+
+def _types(tensors: Iterable[pb.ExportedTensor]) -> dict[str, TensorType]:
+    return {tensor.name: TensorType(tuple(tensor.shape), _TYPES[tensor.dtype]) for tensor in tensors}

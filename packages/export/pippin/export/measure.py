@@ -69,9 +69,7 @@ def parity(
     """
     interpreter = Interpreter(load_program(package), Mode.FLOAT16)
     size = sizes(interpreter.program)
-    steps = min(steps, size.context // 2)
-    length = min(size.prefill * 3 // 2, size.context - steps)
-    prompt = prompt_ids(model, evaluation_text(), length)
+    prompt, steps = prompt_and_steps(model, size.prefill, size.context, steps)
     done = 0
 
     def advance(what: str) -> None:
@@ -79,8 +77,21 @@ def parity(
         done += 1
         progress("verify", done, steps + 2)
 
-    reference = stored_reference(model, length + steps)
+    reference = stored_reference(model, len(prompt) + steps)
     return compare(interpreter, reference, prompt, steps, advance)
+
+
+def prompt_and_steps(model: Bundle, prefill: int, context: int, steps: int) -> tuple[list[int], int]:
+    """A prompt of a whole part and half of the next, so that padding is seen too, and how many steps fit behind it.
+
+    Args:
+        model: with its tokenizer, where it has one.
+        prefill: tokens of a prompt that are read at a time.
+        context: tokens that the caches hold.
+        steps: that are wanted.
+    """
+    steps = min(steps, context // 2)
+    return prompt_ids(model, evaluation_text(), min(prefill * 3 // 2, context - steps)), steps
 
 
 def _numbers(values: object, stored: bool) -> np.ndarray:

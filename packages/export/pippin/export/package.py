@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pippin.core import manifest
-from pippin.export.coreml_tools import ct, load_program
+from pippin.export.coreml_tools import load_program
 from pippin.export.lower import Lowered
 from pippin.export.output import Places, library_writes
-from pippin.v1 import export_pb2 as pb
 
 _SPECIFICATION = 9  # of iOS 18
 _DATA = Path("Data", "com.apple.CoreML")
@@ -51,26 +50,6 @@ def write_package(places: Places, lowered: Lowered, metadata: dict[str, str], de
     manifest.write_file(places.package / "Manifest.json", _manifest())
     for path in (data / _WEIGHTS).iterdir():
         manifest.sync(path)
-
-
-def user_metadata(exported: pb.ExportManifest, name: str) -> dict[str, str]:
-    """What a package says of itself, by the keys that Core ML's users look for."""
-    return {
-        "co.huggingface.exporters.name": name,
-        "co.huggingface.exporters.task": "text-generation",
-        "co.huggingface.exporters.framework": "jax",
-        "com.github.apple.coremltools.version": ct.__version__,
-        "contextLength": str(exported.context_length),
-        "prefillLength": str(exported.prefill_length),
-        "bitsPerWeight": f"{exported.bits_per_weight:.4f}",
-        "quantScheme": ", ".join(sorted({_scheme(weight) for weight in exported.weights})),
-        "modelSignature": exported.model_signature,
-        "adapterLength": str(exported.adapter.length),
-    }
-
-
-def _scheme(weight: pb.ExportedWeight) -> str:
-    return weight.scheme if weight.scheme == "float16" else f"{weight.scheme} {weight.bits}"
 
 
 def _describe(spec: Any, metadata: dict[str, str], description: str) -> None:

@@ -35,7 +35,9 @@ def measured_rows(exported: pb.ExportManifest) -> list[tuple[str, str]]:
 def summary_text(exported: pb.ExportManifest, places: Places, model: str, seconds: float) -> str:
     """All of it, as lines."""
     package = sum(f.bytes for f in exported.files if f.path.startswith(f"{places.package.name}/"))
-    lines = tables(exported)
+    lines = [*_aligned([HEADER, *cost_rows(exported)]), ""]
+    if measured := measured_rows(exported):
+        lines += [*_aligned([("measured", ""), *measured]), ""]
     room = f", adapters of rank {exported.adapter.rank}" if exported.HasField("adapter") else ""
     what = (
         f"{package / 1e6:,.1f} MB, a context of {exported.context_length} tokens, {exported.prefill_length} of a prompt "
@@ -44,17 +46,12 @@ def summary_text(exported: pb.ExportManifest, places: Places, model: str, second
     lines += [
         f"{places.package}: {what}",
         f"{places.folder}: {', '.join(sorted(path.name for path in places.folder.iterdir()))}",
-        f"To check it whole: bazel run //packages/export:verify -- {places.package} --model {model}",
     ]
+    if exported.target == "coreml":
+        lines.append(
+            f"To check it whole: bazel run //packages/export:verify -- {places.package} --model {model}"
+        )
     return "\n".join(lines)
-
-
-def tables(exported: pb.ExportManifest) -> list[str]:
-    """What weights cost, and what was measured, as lines of which the last is empty."""
-    lines = [*_aligned([HEADER, *cost_rows(exported)]), ""]
-    if measured := measured_rows(exported):
-        lines += [*_aligned([("measured", ""), *measured]), ""]
-    return lines
 
 
 def _row(name: str, cost: Cost) -> tuple[str, ...]:

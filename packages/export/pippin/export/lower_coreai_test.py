@@ -1,21 +1,17 @@
 """A saved program for Core AI, run by Apple's own runtime, computes what its model does."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pippin.core.bundle import save_bundle
 from pippin.core.config_tree import override, replace
 from pippin.core.errors import CheckpointError, ConfigError
 from pippin.core.quantized_array import Palettized, Scaled
 from pippin.export import lower_testing as t
-from pippin.export.coreai import main
-from pippin.export.coreai_runtime import CoreAIModel
+from pippin.export.coreai_testing import run
 from pippin.export.lower_coreai import lower_coreai
-from pippin.export.output import Places, read_manifest
 from pippin.layers import configs as c
 from pippin.layers.models.afm_on_device_2025 import afm_on_device_2025
 from pippin.layers.models.llama import with_qk_norm
@@ -68,24 +64,13 @@ def _save(folder: Path, cfg: Any, params: Any, dtype: type = np.float16) -> tupl
     return path, lowered
 
 
-def _run(path: Path, tokens: list[int], prompt: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The logits after each token, of which `decode` reads those behind the prompt, and the states at the end."""
-    with CoreAIModel(path) as program:
-        logits = [
-            program.step(tokens[start : min(start + program.prefill_length, prompt)], start)
-            for start in range(0, prompt, program.prefill_length)
-        ]
-        logits += [program.step(tokens[at : at + 1], at) for at in range(prompt, len(tokens))]
-        return np.concatenate(logits).astype(np.float64), program.states()
-
-
 @pytest.mark.parametrize("name", _MODELS)
 def test_a_program_computes_what_its_model_does(tmp_path: Path, name: str) -> None:
     made, tokens = t.model(_MODELS[name]), t.some_tokens(62)
     expected = t.reference(made.cfg, made.params, tokens)
     for dtype, tolerance in TOLERANCE.items():
         path, _ = _save(tmp_path, made.flat_cfg, made.flat, dtype)
-        got, _ = _run(path, tokens, 58)
+        got, _ = run(path, tokens, prompt=58)
         print(f"{name} {dtype.__name__}: logits differ by {np.abs(got - expected).max():.1e} at most")
         np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
 
@@ -125,7 +110,7 @@ def test_compressed_weights_go_in_as_they_are(tmp_path: Path) -> None:
     expected = t.reference(made.flat_cfg, floats, tokens)
     for dtype, tolerance in TOLERANCE.items():
         path, _ = _save(tmp_path, made.flat_cfg, params, dtype)
-        got, _ = _run(path, tokens, 26)
+        got, _ = run(path, tokens, prompt=26)
         np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
     lowered = lower_coreai(made.flat_cfg, params, t.SIZES)
     claimed = {w.name: (w.scheme, w.bits, w.bytes) for w in lowered.weights}
@@ -146,7 +131,7 @@ def test_core_mls_package_computes_the_same(tmp_path: Path) -> None:
     made, tokens = t.model(_MODELS["shared keys"]), t.some_tokens(40)
     package, _ = t.save(tmp_path, made.flat_cfg, made.flat)
     path, _ = _save(tmp_path, made.flat_cfg, made.flat, np.float32)
-    got, _ = _run(path, tokens, 30)
+    got, _ = run(path, tokens, prompt=30)
     other = t.run(package, tokens, prompt=30)
     np.testing.assert_allclose(got, other, rtol=0, atol=TOLERANCE[np.float32])
     np.testing.assert_array_equal(got.argmax(-1), other.argmax(-1))
@@ -165,30 +150,3 @@ def test_a_weight_that_is_no_number_is_named() -> None:
     made.flat["norm.scale"][3] = np.inf
     with pytest.raises(CheckpointError, match=r"norm.scale\[3\] is inf; a package holds finite numbers"):
         lower_coreai(made.flat_cfg, made.flat, t.SIZES)
-
-
-def test_the_command_writes_a_program_and_checks_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BUILD_WORKING_DIRECTORY", str(tmp_path))
-    made = t.model(t.TINY)
-    save_bundle(tmp_path / "bundle", made.cfg, made.params)
-    sizes = ["--context", "64", "--prefill", "8", "--precision", "float32", "--check", "12"]
-    assert main(["--model", "bundle", "--out", "x.aimodel", *sizes]) == 0
-    assert re.search(r"greedy tokens that are equal +12 of 12", capsys.readouterr().out)
-    exported = read_manifest(Places.of(tmp_path / "x.aimodel"))
-    assert (exported.target, exported.context_length, exported.prefill_length) == ("coreai", 64, 8)
-    assert exported.parity.runtime == "coreai" and exported.parity.max_logit_error < TOLERANCE[np.float32]
-    assert [f.name for f in exported.functions] == ["prefill", "decode"]
-    for arguments, problem in (
-        (["--out", "x.aimodel"], "x.aimodel is there already. Remove it"),
-        (["--out", "x.mlmodel"], "does not end in .aimodel"),
-        (
-            ["--out", "y.aimodel", "--precision", "int3"],
-            "there is no precision 'int3'. Choose one of float16",
-        ),
-        (["--out", "y.aimodel", "--context", "30"], "it must be a multiple of 32"),
-    ):
-        assert main(["--model", "bundle", *arguments]) == 2
-        assert problem in capsys.readouterr().err
-    assert not (tmp_path / "y").exists()

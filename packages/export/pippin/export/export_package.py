@@ -1,0 +1,198 @@
+"""The steps by which a model becomes a package with all that lies beside it, whichever runtime it is for."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from pippin.core import manifest
+from pippin.core.bundle import load_bundle, save_bundle
+from pippin.core.errors import CheckpointError, ConfigError
+from pippin.core.module import unflatten_params
+from pippin.export.adapter_files import write_adapters
+from pippin.export.adapter_layout import open_adapter
+from pippin.export.display import Display
+from pippin.export.model_source import ModelSource, compressed, open_source
+from pippin.export.output import TOKENIZER, Places, new_export, require_free, write_manifest, write_tokenizer
+from pippin.export.program_interface import Lowered
+from pippin.export.program_sizes import Sizes
+from pippin.export.report import report_page
+from pippin.export.summary import summary_text
+from pippin.export.swift.swift_tokenizer import complete_tokenizer
+from pippin.layers.causal_lm_config import CausalLMConfig
+from pippin.layers.named_models import find_model
+from pippin.v1 import export_pb2 as pb
+
+REPORT = "report.html"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Sizes):
+    """What to make of a model. Where there are adapters and no rank, there is room for the largest of them."""
+
+    adapters: tuple[Path, ...] = ()  # directories of adapters that are written beside the package
+    recipe: str = ""  # that weights are compressed by; "": they are stored as they are
+    perplexity_tokens: int = 0  # of the text that perplexity is measured on; 0: it is not measured
+    verify_steps: int = 0  # tokens that the package and the model decode side by side; 0: they do not
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.perplexity_tokens < 0 or self.verify_steps < 0:
+            raise ConfigError(
+                f"perplexity is to be measured on {self.perplexity_tokens} tokens, and {self.verify_steps} are to be decoded "
+                "to verify; both must be 0, for not at all, or more."
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """That a person sees go by."""
+        return 5 + sum(map(bool, (self.recipe, self.perplexity_tokens, self.verify_steps)))
+
+
+class Target(abc.ABC):
+    """A kind of package: what is done for it in its own way."""
+
+    name: ClassVar[str]  # in the manifest
+    suffix: ClassVar[str]  # of the package
+
+    @abc.abstractmethod
+    def require_rules(self, cfg: CausalLMConfig) -> None:
+        """Raises ConfigError unless each component of a model has a rule."""
+
+    @abc.abstractmethod
+    def lower(self, source: ModelSource, sizes: Sizes, progress: Callable[[str], None]) -> Lowered:
+        """The program of a model; `progress` is told which function is written."""
+
+    @abc.abstractmethod
+    def write(
+        self, places: Places, lowered: Lowered, exported: pb.ExportManifest, source: ModelSource
+    ) -> None:
+        """Writes the package, and what lies beside packages of this kind alone. The tokenizer is there already."""
+
+    @abc.abstractmethod
+    def parities(
+        self, package: Path, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
+    ) -> Sequence[pb.ExportParity]:
+        """How far the saved package is from its model in JAX, by each way to run it; the manifest has the first."""
+
+
+def export_package(target: Target, model: str | Path, out: str | Path, options: Options) -> str:
+    """Writes a model as a package, whole or not at all.
+
+    Args:
+        target: the kind of package.
+        model: a path, or the name of a fetched model.
+        out: where the package is to lie: X with the suffix of its kind. What goes with it is written to the folder X.
+        options: sizes, compression, adapters.
+
+    Returns:
+        What a person wants to know of it, as lines.
+
+    Raises:
+        ConfigError: sizes do not fit each other, or a component has no rule.
+        CheckpointError: there is no model, an adapter fits another one, the package cannot be written, or it does not
+            compute what the model does.
+    """
+    began = time.monotonic()
+    require_free(out, target.suffix)
+    rank = max((open_adapter(directory).rank for directory in options.adapters), default=0)
+    options = dataclasses.replace(options, adapter_rank=options.adapter_rank or rank)
+    with Display("exporting", options.num_steps) as display:
+        display.step("open the model")
+        opened = open_source(find_model(model))
+        target.require_rules(opened.cfg)
+        source = opened
+        if options.recipe:
+            display.step("compress")
+            source = compressed(opened, options.recipe, display.part)
+        lowered = target.lower(source, options, lambda name: display.step(f"write {name}"))
+        exported = _described(target, opened, source, lowered, options)
+        # With a recipe the weights lie in the package and in the bundle beside it.
+        num_bytes = sum(w.bytes for w in exported.weights) * (2 if options.recipe else 1)
+        with new_export(out, target.suffix, num_bytes) as places:
+            display.step("store the weights")
+            write_tokenizer(source.tokenizer, places)
+            complete_tokenizer(places.folder / TOKENIZER)
+            target.write(places, lowered, exported, source)
+            if options.recipe:
+                source = _kept(source, places)
+            write_adapters(places, options.adapters, source.bundle, exported.adapter)
+            _measure(target, opened, source, places, exported, options, display)
+            (places.folder / REPORT).write_text(report_page(source.name, exported))
+            display.step("hash the files")
+            write_manifest(places, exported)
+    return summary_text(exported, Places.of(out), str(model), time.monotonic() - began)
+
+
+def _described(
+    target: Target, opened: ModelSource, source: ModelSource, lowered: Lowered, sizes: Sizes
+) -> pb.ExportManifest:
+    count = sum(weight.count for weight in lowered.weights)
+    return pb.ExportManifest(
+        target=target.name,
+        model_signature=source.signature,
+        source_signature="" if source is opened else opened.signature,
+        context_length=sizes.context_length,
+        prefill_length=sizes.prefill_length,
+        functions=lowered.functions,
+        weights=lowered.weights,
+        bits_per_weight=8 * sum(weight.bytes for weight in lowered.weights) / count,
+        adapter=lowered.adapter,
+        recipe=source.recipe,
+        provenance=manifest.provenance(
+            recipe=source.provenance.recipe, step=source.provenance.step, source=source.name
+        ),
+    )
+
+
+def _kept(source: ModelSource, places: Places) -> ModelSource:
+    """The compressed model as a bundle beside the package: what adapters are trained on, and what verify reads."""
+    bundle = save_bundle(
+        places.compressed,
+        source.cfg,
+        unflatten_params(source.params),
+        tokenizer=source.tokenizer,
+        provenance=source.provenance,
+        quantization_recipe=source.recipe,
+    )
+    return dataclasses.replace(source, bundle=load_bundle(bundle))
+
+
+def _measure(
+    target: Target,
+    opened: ModelSource,
+    source: ModelSource,
+    places: Places,
+    exported: pb.ExportManifest,
+    options: Options,
+    display: Display,
+) -> None:
+    """Adds to the manifest what was asked to be measured. Of a model without a tokenizer there is no perplexity."""
+    if options.perplexity_tokens and source.tokenizer is not None:
+        from pippin.export.measure import perplexities  # it takes JAX
+
+        display.step("measure perplexity")
+        before, after = perplexities(opened, source, options.perplexity_tokens, display.part)
+        exported.parity.perplexity_before, exported.parity.perplexity_after = before, after
+    if options.verify_steps:
+        display.step("verify")
+        parities = target.parities(places.package, source, options, display.part)
+        for parity in parities:
+            _require_same(source.name, parity)
+        exported.parity.MergeFrom(parities[0])
+
+
+def _require_same(name: str, parity: pb.ExportParity) -> None:
+    # A rounding of the last bit may exchange two tokens that are as likely; half of them is another model.
+    if not np.isfinite(parity.max_logit_error) or parity.tokens_equal * 2 < parity.decode_steps:
+        raise CheckpointError(
+            f"the program of the package does not compute what {name} does: the largest error of a logit is "
+            f"{parity.max_logit_error:.3g}, and {parity.tokens_equal} of {parity.decode_steps} greedy tokens are equal. "
+            "This is a defect of the export, of which nothing was kept: report it, with the model's config."
+        )
