@@ -215,7 +215,7 @@ def test_mistakes_are_told_without_a_stack_trace(base, tmp_path, capsys):
     no_room.folder.mkdir()
     write_manifest(no_room, pb.ExportManifest(target="some"))
     for arguments, expected in (
-        ([base.package, "--adapter", tmp_path / "none"], "manifest.textproto: is absent"),
+        ([base.package, "--adapter", tmp_path / "none"], "no such directory. Give one that"),
         ([base.package, "--adapter", damaged], "is damaged: adapter.safetensors"),
         ([base.package, "--adapter", adapter, "--adapter", again], "two of the adapters are called polite"),
         ([tmp_path / "x", "--adapter", adapter], "does not end in .mlpackage or .aimodel"),
