@@ -23,6 +23,7 @@ SCRIPTS = {
         "pippin-compress": "packages/export/pippin/export/compress/command",
         "pippin-coreai": "packages/export/pippin/export/coreai",
         "pippin-coreml": "packages/export/pippin/export/coreml",
+        "pippin-export-adapter": "packages/export/pippin/export/adapter",
         "pippin-gguf": "packages/export/pippin/export/gguf",
         "pippin-huggingface": "packages/export/pippin/export/huggingface",
         "pippin-latency": "packages/export/pippin/export/latency/command",

@@ -58,24 +58,27 @@ def adapter_layout(shapes: Mapping[str, tuple[int, ...]], rank: int, base_signat
     return layout
 
 
-def packed_adapter(adapter: Adapter, maps: Mapping[str, LowRank], layout: pb.AdapterLayout) -> np.ndarray:
-    """An adapter as the flat input of a program: float16 [N].
-
-    Args:
-        adapter: as it was opened, for what it says of its base.
-        maps: its maps by the path of their linear map in the model without stacks.
-        layout: the program's.
-
-    Raises:
-        CheckpointError: it was trained on another model, it is larger than there is room for, or it is for a linear map
-            that has no room.
-    """
+def require_base(adapter: Adapter, layout: pb.AdapterLayout) -> None:
+    """Raises CheckpointError unless an adapter was trained on the weights of a package."""
     if adapter.base_signature != layout.base_signature:
         raise CheckpointError(
             f"the adapter {adapter.directory} was trained on the model with the signature {adapter.base_signature[:12]}; "
             f"this package holds {layout.base_signature[:12]}. An adapter fits the weights that it was trained on, and no "
             "others: export its base, or train it on this one."
         )
+
+
+def packed_adapter(adapter: Adapter, maps: Mapping[str, LowRank], layout: pb.AdapterLayout) -> np.ndarray:
+    """An adapter as the flat input of a program: float16 [N].
+
+    Args:
+        adapter: as it was opened; see `require_base`.
+        maps: its maps by the path of their linear map in the model without stacks.
+        layout: the program's.
+
+    Raises:
+        CheckpointError: it is larger than there is room for, or it is for a linear map that has no room.
+    """
     slots = {slot.name: slot for slot in layout.slots}
     flat = np.zeros(layout.length, np.float16)
     for path, pair in maps.items():

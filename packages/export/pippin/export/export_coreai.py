@@ -15,7 +15,7 @@ from pippin.export.coreai_tools import AIModelAssetMetadata
 from pippin.export.export_package import Options, Target, export_package
 from pippin.export.lower_coreai import lower_coreai
 from pippin.export.model_source import ModelSource
-from pippin.export.output import Places
+from pippin.export.output import Places, library_writes
 from pippin.export.package_metadata import one_line, user_metadata
 from pippin.export.program_interface import Lowered
 from pippin.export.program_sizes import Sizes
@@ -65,7 +65,8 @@ class _CoreAI(Target):
         metadata.model_description = one_line(source)
         for key, value in user_metadata(exported, source.name).items():
             metadata.set_custom(key, value)
-        lowered.program.save_asset(places.package, metadata)
+        with library_writes(places.package):
+            lowered.program.save_asset(places.package, metadata)
 
     def parities(
         self, package: Path, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
@@ -77,7 +78,9 @@ class _CoreAI(Target):
         with tempfile.TemporaryDirectory(dir=package.parent) as folder:
             in_float32 = Path(folder) / package.name
             progress("the same in float32", 1, 2)
-            _lower(source, options, np.float32).program.save_asset(in_float32)
+            lowered = _lower(source, options, np.float32)
+            with library_writes(in_float32):
+                lowered.program.save_asset(in_float32)
             progress("run", 2, 2)
             return parities(package, source.bundle, options, options.verify_steps, in_float32)
 

@@ -1,5 +1,6 @@
 """The command: from a model on disk to a package with all that goes with it, or to an error and nothing else."""
 
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -259,6 +260,31 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "was not saved" in done.stderr, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "told"),
+    [
+        ("pippin.export.package.load_program", CheckpointError),  # by which coremltools writes the weights
+        ("pippin.export.measure.parity", RuntimeError),  # where JAX may run out of memory
+    ],
+)
+def test_only_errors_of_writing_are_the_disks(bundle, tmp_path, monkeypatch, fails, told):
+    def fail(*args, **kwargs):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of something")
+
+    monkeypatch.setattr(fails, fail)
+    with pytest.raises(told, match="out of something") as error:
+        export_coreml(bundle, tmp_path / "x.mlpackage", dataclasses.replace(_OPTIONS, verify_steps=2))
+    assert ("Make room or mend the disk" in str(error.value)) == (told is CheckpointError)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_two_adapters_of_one_name_are_refused(bundle, tmp_path):
+    base = model_signature(open_model(bundle).params())
+    adapters = tuple(_adapter(tmp_path / folder / "polite", base) for folder in ("a", "b"))
+    with pytest.raises(CheckpointError, match="two of the adapters are called polite"):
+        export_coreml(bundle, tmp_path / "x.mlpackage", Options(64, 24, adapter_rank=4, adapters=adapters))
 
 
 def test_a_model_that_was_trained_with_rounded_weights_is_exported_as_it_was_rounded(tmp_path, capsys):

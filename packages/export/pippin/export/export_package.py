@@ -12,10 +12,11 @@ from typing import ClassVar
 import numpy as np
 
 from pippin.core import manifest
-from pippin.core.bundle import Bundle, load_bundle, save_bundle
+from pippin.core.bundle import load_bundle, save_bundle
 from pippin.core.errors import CheckpointError, ConfigError
 from pippin.core.module import unflatten_params
-from pippin.export.adapter_layout import adapter_file, open_adapter, packed_adapter
+from pippin.export.adapter_files import write_adapters
+from pippin.export.adapter_layout import open_adapter
 from pippin.export.display import Display
 from pippin.export.model_source import ModelSource, compressed, open_source
 from pippin.export.output import TOKENIZER, Places, new_export, require_free, write_manifest, write_tokenizer
@@ -23,13 +24,11 @@ from pippin.export.program_interface import Lowered
 from pippin.export.program_sizes import Sizes
 from pippin.export.report import report_page
 from pippin.export.summary import summary_text
-from pippin.export.tokenizer_json import write_tokenizer_json
-from pippin.layers.adapter import unrolled_maps
+from pippin.export.swift.swift_tokenizer import complete_tokenizer
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.named_models import find_model
 from pippin.v1 import export_pb2 as pb
 
-ADAPTERS = "adapters"
 REPORT = "report.html"
 
 
@@ -119,11 +118,11 @@ def export_package(target: Target, model: str | Path, out: str | Path, options: 
         with new_export(out, target.suffix, num_bytes) as places:
             display.step("store the weights")
             write_tokenizer(source.tokenizer, places)
-            write_tokenizer_json(places.folder / TOKENIZER)
+            complete_tokenizer(places.folder / TOKENIZER)
             target.write(places, lowered, exported, source)
             if options.recipe:
                 source = _kept(source, places)
-            _write_adapters(places, options.adapters, source.bundle, exported.adapter)
+            write_adapters(places, options.adapters, source.bundle, exported.adapter)
             _measure(target, opened, source, places, exported, options, display)
             (places.folder / REPORT).write_text(report_page(source.name, exported))
             display.step("hash the files")
@@ -163,21 +162,6 @@ def _kept(source: ModelSource, places: Places) -> ModelSource:
         quantization_recipe=source.recipe,
     )
     return dataclasses.replace(source, bundle=load_bundle(bundle))
-
-
-def _write_adapters(
-    places: Places, directories: Sequence[Path], base: Bundle, layout: pb.AdapterLayout
-) -> None:
-    """Writes adapters as the program takes them: NAME.bin, behind the signature of the model that they are for."""
-    for directory in directories:
-        adapter = open_adapter(directory)
-        cfg = base.component
-        assert isinstance(cfg, CausalLMConfig)  # or it would not have been opened
-        maps = unrolled_maps(cfg, unflatten_params(base.weights), adapter.maps())
-        flat = packed_adapter(adapter, maps, layout)
-        folder = places.folder / ADAPTERS
-        folder.mkdir(exist_ok=True)
-        manifest.write_file(folder / f"{adapter.directory.name}.bin", adapter_file(flat, layout))
 
 
 def _measure(

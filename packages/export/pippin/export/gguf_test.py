@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from pippin.core.bundle import load_bundle, save_bundle
 from pippin.core.chat_template import load_chat_template
 from pippin.core.config_tree import override
 from pippin.core.errors import CheckpointError, ConfigError
 from pippin.core.manifest import file_sha256, read_manifest
-from pippin.core.module import flatten_params
+from pippin.core.module import flatten_params, split
 from pippin.core.quantized_array import Scaled
 from pippin.core.tokenizer import load_tokenizer
 from pippin.export.gguf import export_gguf, main
@@ -31,6 +33,7 @@ from pippin.export.tiny_models import (
 )
 from pippin.layers.feed_forward_config import Activation
 from pippin.layers.gguf import GGUFModel, load_gguf
+from pippin.layers.quant.fake_quant_config import fake_quantized
 from pippin.layers.unrolled import unrolled
 from pippin.v1 import export_pb2 as pb
 
@@ -88,6 +91,17 @@ def test_float16_has_all_that_compressed_weights_have(tmp_path: Path) -> None:
     path = _export(tmp_path, tmp_path / "bundle", type_name="F16")
     np.testing.assert_array_equal(_read(path).params["embedding"]["weight"], scaled.dequantized())
     assert read_manifest(tmp_path / "model", pb.ExportManifest, MANIFEST).recipe == "some"
+
+
+def test_weights_that_were_rounded_in_training_go_out_as_they_were_rounded(tmp_path: Path) -> None:
+    cfg = fake_quantized(bits=2, embedding_bits=4)(CONFIGS["tied"])
+    _, params = split(cfg.build(rngs=nnx.Rngs(0)))
+    tokenizer = save_byte_level(tmp_path / "tokenizer")
+    save_bundle(tmp_path / "bundle", cfg, jax.tree.map(np.asarray, params), tokenizer=tokenizer)
+    read = _read(_export(tmp_path, tmp_path / "bundle", type_name="F16"))  # which holds all their levels
+    assert read.config == CONFIGS["tied"]
+    group = flatten_params(read.params)["decoder.layer.attention.q_proj.weight"][1, :, 16:32]
+    assert len(np.unique(group)) == 4
 
 
 @pytest.mark.parametrize("make", [save_byte_level, save_sentencepiece])

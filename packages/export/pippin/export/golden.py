@@ -2,6 +2,7 @@
 
 X/golden.npz             per call its function, ids, position, mask, and the logits after its last token; of the states
                          at the end their sums and their SHA-256
+X/golden_NAME.npz        the same with the adapter X/adapters/NAME.bin
 X/verify_on_mac.py       runs the package on a Mac and compares; needs coremltools and NumPy
 """
 
@@ -14,10 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pippin.core import manifest
-from pippin.core.atomic_file import write_atomic
 from pippin.export.mac import verify_on_mac
-from pippin.export.output import MANIFEST, Places
+from pippin.export.output import Places, replace_file, rewriting
 from pippin.export.package_runner import ADAPTER, IDS, MASK, POSITION, Call, PackageRunner
 from pippin.export.report import report_page
 from pippin.v1 import export_pb2 as pb
@@ -27,8 +26,19 @@ SCRIPT = "verify_on_mac.py"
 REPORT = "report.html"
 
 
-def golden_arrays(calls: Sequence[Call], runner: PackageRunner) -> dict[str, np.ndarray]:
-    """The vectors by name, as `verify_on_mac.py` reads them."""
+def golden_path(places: Places, adapter: str = "") -> Path:
+    """Where the vectors of a package lie, or those of the package with an adapter, by its name."""
+    return places.folder / (f"golden_{adapter}.npz" if adapter else FILE)
+
+
+def golden_arrays(calls: Sequence[Call], runner: PackageRunner, adapter: str = "") -> dict[str, np.ndarray]:
+    """The vectors by name, as `verify_on_mac.py` reads them.
+
+    Args:
+        calls: of the runner.
+        runner: of the package, with the adapter.
+        adapter: its name; it lies beside the package.
+    """
     arrays = {
         "functions": np.array([call.function for call in calls]),
         "tokens": np.array([call.tokens for call in calls], np.int32),
@@ -43,8 +53,12 @@ def golden_arrays(calls: Sequence[Call], runner: PackageRunner) -> dict[str, np.
             [hashlib.sha256(runner.state[n].tobytes()).hexdigest() for n in sorted(runner.state)]
         ),
     }
+    if adapter:
+        arrays["adapter_name"] = np.array([adapter])
     for i, call in enumerate(calls):
-        assert ADAPTER not in call.inputs or not call.inputs[ADAPTER].any(), "vectors are of the bare model"
+        assert adapter or ADAPTER not in call.inputs or not call.inputs[ADAPTER].any(), (
+            "vectors of no adapter"
+        )
         arrays[f"ids_{i}"] = call.inputs[IDS]
         arrays[f"mask_{i}"] = call.inputs[MASK]
         arrays[f"logits_{i}"] = call.logits[-1].astype(np.float16)
@@ -64,15 +78,29 @@ def record(
         name: of the model, as people know it.
     """
     exported.parity.CopyFrom(parity)
+    report = places.folder / REPORT
+    with rewriting(places, exported, [golden_path(places), places.folder / SCRIPT, report]):
+        _write(places, golden_arrays(runner.calls, runner))
+        replace_file(report, report_page(name, exported).encode())
+
+
+def record_adapter(places: Places, exported: pb.ExportManifest, runner: PackageRunner, adapter: str) -> None:
+    """Writes golden vectors of a package with an adapter, and the check for a Mac, beside it.
+
+    Manifest and report say what was measured of the bare model, and go on saying that.
+
+    Args:
+        places: of the package.
+        exported: its manifest, which is written last, whole.
+        runner: that read a text in the exact mode with the adapter, whose calls are recorded.
+        adapter: its name; it lies beside the package.
+    """
+    with rewriting(places, exported, [golden_path(places, adapter), places.folder / SCRIPT]):
+        _write(places, golden_arrays(runner.calls, runner, adapter), adapter)
+
+
+def _write(places: Places, arrays: dict[str, np.ndarray], adapter: str = "") -> None:
     vectors = io.BytesIO()
-    np.savez_compressed(vectors, allow_pickle=False, **golden_arrays(runner.calls, runner))
-    write_atomic(places.folder / FILE, vectors.getvalue())
-    write_atomic(places.folder / SCRIPT, Path(verify_on_mac.__file__).read_bytes())
-    root = places.package.parent
-    write_atomic(places.folder / REPORT, report_page(name, exported))
-    new = [manifest.describe_file(root, places.folder / name) for name in (FILE, SCRIPT, REPORT)]
-    names = {file.path for file in new}
-    kept = [file for file in exported.files if file.path not in names]
-    del exported.files[:]
-    exported.files.extend(sorted([*kept, *new], key=lambda file: file.path))
-    manifest.write_manifest(places.folder, exported, MANIFEST)
+    np.savez_compressed(vectors, allow_pickle=False, **arrays)
+    replace_file(golden_path(places, adapter), vectors.getvalue())
+    replace_file(places.folder / SCRIPT, Path(verify_on_mac.__file__).read_bytes())

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pippin.core.errors import PippinError
 from pippin.core.manifest import describe_file
+from pippin.core.tokenizer import copy_tokenizer, read_tokenizer_object
 from pippin.export.output import require_room
 from pippin.export.progress import Advance, bytes_progress, no_progress
 from pippin.export.records import export_manifest, require_new, write_export_manifest
@@ -43,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     size = sum(weight.bytes for weight in manifest.weights)
     print(f"{args.out.absolute()}: {size / 1e6:,.1f} MB, {manifest.bits_per_weight:g} bits per weight")
+    if model.tokenizer is not None and not (args.out / "tokenizer.json").is_file():
+        print(
+            f"{args.out.absolute()}: no tokenizer.json gives the same tokens as its tokenizer.model; use the latter with sentencepiece"
+        )
     return 0
 
 
@@ -88,8 +95,32 @@ def export_huggingface(
         write_export_manifest(folder, manifest, files)
 
     watched = {path: _watched(array, advance) for path, array in arrays.items()}
-    save_huggingface(out, model.config, unflatten_params(watched), model.tokenizer, finish=finish)
+    with _for_transformers(model.tokenizer) as tokenizer:
+        save_huggingface(out, model.config, unflatten_params(watched), tokenizer, finish=finish)
     return manifest
+
+
+@contextlib.contextmanager
+def _for_transformers(tokenizer: Path | None) -> Iterator[Path | None]:
+    """A folder of a tokenizer's files with what transformers needs: a tokenizer.json, and the ids of special tokens.
+
+    Of SentencePiece's tokenizer.model it would make another tokenizer, and without ids take those of Llama 2. Where no
+    tokenizer.json gives the same tokens, the folder has none.
+    """
+    if tokenizer is None or (
+        (tokenizer / "tokenizer.json").is_file()
+        and "eos_token_id" in read_tokenizer_object(tokenizer / "config.json")
+    ):
+        yield tokenizer
+        return
+    from pippin.export.tokenizer_json import write_special_ids, write_tokenizer_json
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        copy_tokenizer(tokenizer, folder)
+        write_special_ids(folder)
+        write_tokenizer_json(folder)
+        yield folder
 
 
 def _dtype(array: LazyArray, dtype: str | None) -> np.dtype:

@@ -1,24 +1,30 @@
 """Folders for transformers that are written hold what the model held."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from pippin.core.bundle import load_bundle, save_bundle
 from pippin.core.config_tree import override
 from pippin.core.errors import CheckpointError, ConfigError
 from pippin.core.manifest import file_sha256, read_manifest
-from pippin.core.module import flatten_params
-from pippin.core.tokenizer import load_tokenizer
+from pippin.core.module import flatten_params, split
+from pippin.core.tokenizer import JsonTokenizer, SentencePieceTokenizer, load_tokenizer
 from pippin.export import output
 from pippin.export.huggingface import export_huggingface, main
+from pippin.export.model_source import open_source
 from pippin.export.output import MANIFEST
 from pippin.export.stacked_model import stacked_model
-from pippin.export.tiny_models import CONFIGS, random_params, save_tiny
+from pippin.export.tiny_models import CONFIGS, random_params, save_sentencepiece, save_tiny
 from pippin.layers.huggingface import load_huggingface
+from pippin.layers.quant.fake_quant_config import fake_quantized
+from pippin.layers.quant.settle import settled
 from pippin.layers.unrolled import unrolled
 from pippin.v1 import export_pb2 as pb
 
@@ -66,6 +72,55 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     _export(bundle, tmp_path / "out")
     before, after = load_tokenizer(bundle / "tokenizer"), load_tokenizer(tmp_path / "out")
     assert after.encode("def main") == before.encode("def main") and after.eos_ids == before.eos_ids
+
+
+def test_a_sentencepiece_model_goes_along_with_what_transformers_reads(tmp_path: Path) -> None:
+    folder = save_sentencepiece(tmp_path / "tokenizer")
+    message = _export(save_tiny(tmp_path / "bundle", tokenizer=folder), tmp_path / "out")
+    before, after = load_tokenizer(folder), load_tokenizer(tmp_path / "out")
+    assert isinstance(before, SentencePieceTokenizer) and isinstance(after, JsonTokenizer)
+    for text in ("def main(): return 12", "  é\t日本語"):
+        assert after.encode(text) == before.encode(text), text
+    for name in ("bos_id", "eos_id", "pad_id", "eos_ids", "start_ids"):
+        assert getattr(after, name) == getattr(before, name), name
+    assert before.start_ids == (3,)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert [config[f"{name}_token_id"] for name in ("pad", "eos", "bos")] == [0, 1, 3]
+    assert {f"out/tokenizer{name}" for name in (".json", ".model", "_config.json")} <= {
+        file.path for file in message.files
+    }
+    assert [path.name for path in folder.iterdir()] == ["tokenizer.model"]
+
+
+def test_a_sentencepiece_model_that_no_json_gives_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_sentencepiece(
+        tmp_path / "tokenizer", normalization_rule_name="nfkc", remove_extra_whitespaces=True
+    )
+    save_tiny(tmp_path / "bundle", tokenizer=folder)
+    assert main(["--model", str(tmp_path / "bundle"), "--out", str(tmp_path / "out")]) == 0
+    assert "no tokenizer.json gives the same tokens" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_weights_that_were_rounded_in_training_go_out_as_they_were_rounded(tmp_path: Path) -> None:
+    cfg = fake_quantized(bits=2, embedding_bits=4)(CONFIGS["tied"])
+    _, params = split(cfg.build(rngs=nnx.Rngs(0)))
+    params = jax.tree.map(np.asarray, params)
+    bundle = save_bundle(tmp_path / "bundle", cfg, params)
+    message = _export(bundle, tmp_path / "out")
+    assert load_huggingface(tmp_path / "out").config == CONFIGS["tied"]
+    assert message.model_signature == open_source(bundle).signature
+    got, (_, expected) = _weights(tmp_path / "out"), settled(cfg, params)
+    for path, values in flatten_params(expected).items():
+        layer = re.match(r"decoder\.layers\.(\d+)\.", path)
+        found = got[path.replace(layer[0], "decoder.layer.")][int(layer[1])] if layer else got[path]
+        values = values if isinstance(values, np.ndarray) else values.dequantized()
+        np.testing.assert_array_equal(found, values, err_msg=path)
+    group = got["decoder.layer.feed_forward.down_proj.weight"][0, :, :16]
+    assert len(np.unique(group)) == 4
+    assert len(np.unique(got["embedding.weight"][:16])) == 16
 
 
 def test_the_manifest_says_what_is_there(tmp_path: Path) -> None:

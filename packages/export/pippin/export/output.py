@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pippin.core import manifest
 from pippin.core.errors import CheckpointError
 from pippin.core.tokenizer import copy_tokenizer
 from pippin.v1 import export_pb2 as pb
+from pippin.v1 import model_pb2
 
 MANIFEST = "export_manifest.textproto"
 TOKENIZER = "tokenizer"
@@ -76,7 +77,7 @@ def new_export(package: str | Path, suffix: str, num_bytes: int) -> Iterator[Pla
     require_room(final.package, num_bytes + _SPARE_BYTES)
     published = False
     try:
-        with manifest.new_directory(final.folder, "export", RuntimeError) as temporary:
+        with manifest.new_directory(final.folder, "export") as temporary:
             inside = Places(temporary / final.package.name, temporary / final.folder.name)
             inside.folder.mkdir()
             yield inside
@@ -93,6 +94,18 @@ def new_export(package: str | Path, suffix: str, num_bytes: int) -> Iterator[Pla
         raise
 
 
+@contextlib.contextmanager
+def library_writes(package: Path) -> Iterator[None]:
+    """A block in which a library writes a package, and nothing else: its RuntimeErrors mean that the disk did not take it.
+
+    Elsewhere they do not: JAX raises one where memory is short.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        raise CheckpointError(f"{package.name} was not saved: {e}. Make room or mend the disk.") from e
+
+
 def write_tokenizer(source: Path | None, places: Places) -> None:
     """Copies a tokenizer's files, where there are any, into an export's folder."""
     if source is not None:
@@ -105,6 +118,64 @@ def write_manifest(places: Places, message: pb.ExportManifest) -> None:
     files = (p for place in (places.package, places.folder) for p in place.rglob("*") if p.is_file())
     message.files.extend(manifest.describe_file(root, path) for path in sorted(files))
     manifest.write_manifest(places.folder, message, MANIFEST)
+
+
+@contextlib.contextmanager
+def rewriting(places: Places, message: pb.ExportManifest, paths: Iterable[Path]) -> Iterator[None]:
+    """Files of an export that are written, written again or removed in the block, and its manifest to match.
+
+    Until the block ends, the manifest says nothing of them: whatever happens meanwhile, it is true, and the block can
+    run again.
+
+    Args:
+        places: of the export.
+        message: its manifest, which is written anew.
+        paths: of the files.
+
+    Raises:
+        CheckpointError: the disk does not take the manifest.
+    """
+    root, paths = places.package.parent, tuple(paths)
+    names = {path.relative_to(root).as_posix() for path in paths}
+    others = [file for file in message.files if file.path not in names]
+    if len(others) < len(message.files):
+        _replace_manifest(places, message, others)
+    yield
+    new = [manifest.describe_file(root, path) for path in paths if path.is_file()]
+    _replace_manifest(places, message, sorted([*others, *new], key=lambda file: file.path))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file, in place of the one that may be there: whole or not at all.
+
+    Raises:
+        CheckpointError: the disk does not take it.
+    """
+    # A draft that is left behind is written over by whoever tries again.
+    draft = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        manifest.write_file(draft, data)
+        draft.replace(path)
+        manifest.sync(path.parent)
+    except OSError as e:
+        draft.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} was not written: {e}. Make room or mend the disk.") from e
+
+
+def _replace_manifest(
+    places: Places, message: pb.ExportManifest, files: Iterable[model_pb2.StoredFile]
+) -> None:
+    files = list(files)
+    del message.files[:]
+    message.files.extend(files)
+    draft, path = f".{MANIFEST}.tmp", places.folder / MANIFEST
+    try:
+        manifest.write_manifest(places.folder, message, draft)
+        (places.folder / draft).replace(path)
+        manifest.sync(places.folder)
+    except OSError as e:
+        raise CheckpointError(f"{path} was not written: {e}. Make room or mend the disk.") from e
 
 
 def read_manifest(places: Places) -> pb.ExportManifest:

@@ -10,7 +10,7 @@ from typing import Any
 from pippin.core import manifest
 from pippin.export.coreml_tools import load_program
 from pippin.export.lower import Lowered
-from pippin.export.output import Places
+from pippin.export.output import Places, library_writes
 
 _SPECIFICATION = 9  # of iOS 18
 _DATA = Path("Data", "com.apple.CoreML")
@@ -35,12 +35,16 @@ def write_package(places: Places, lowered: Lowered, metadata: dict[str, str], de
         lowered: the program.
         metadata: what the package says of itself to who opens it.
         description: of the model, in a line.
+
+    Raises:
+        CheckpointError: the disk does not take the weights.
     """
     data = places.package / _DATA
     (data / _WEIGHTS).mkdir(parents=True)
-    spec = load_program(
-        lowered.program, weights_dir=str(data / _WEIGHTS), specification_version=_SPECIFICATION
-    )
+    with library_writes(places.package):
+        spec = load_program(
+            lowered.program, weights_dir=str(data / _WEIGHTS), specification_version=_SPECIFICATION
+        )
     _describe(spec, metadata, description)
     manifest.write_file(data / _MODEL, spec.SerializeToString(deterministic=True))
     manifest.write_file(places.package / "Manifest.json", _manifest())

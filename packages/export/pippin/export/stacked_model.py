@@ -9,13 +9,21 @@ from pathlib import Path
 import numpy as np
 
 from pippin.core.bundle import Bundle
-from pippin.core.config_tree import diff
+from pippin.core.config_tree import diff, traverse
 from pippin.core.errors import CheckpointError, ConfigError
+from pippin.core.quantized_array import Palettized
 from pippin.core.stored_tensor import StoredTensor, signature
 from pippin.layers.causal_lm_config import CausalLMConfig
+from pippin.layers.quant.fake_quant_config import (
+    FakeQuantEmbeddingConfig,
+    FakeQuantKVKernelConfig,
+    FakeQuantLinearConfig,
+)
 from pippin.layers.stack_config import RepeatConfig, SequenceConfig
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+_ROUNDING = (FakeQuantEmbeddingConfig, FakeQuantKVKernelConfig, FakeQuantLinearConfig)
 
 _STACKED, _APART = "decoder.layer.", "decoder.layers.{}."
 
@@ -76,6 +84,8 @@ class StackedModel:
 def stacked_model(bundle: Bundle) -> StackedModel:
     """The model of a bundle, whether its layers are stacked there or each has arrays of its own.
 
+    Weights that were rounded in training are the floats that they were rounded to.
+
     Raises:
         ConfigError: it is no language model, or its layers differ.
         CheckpointError: a layer's part of a parameter differs from the others in shape or type.
@@ -86,17 +96,36 @@ def stacked_model(bundle: Bundle) -> StackedModel:
         raise ConfigError(
             f"{bundle.directory} holds a {type(cfg).TYPE}; a {CausalLMConfig.TYPE} can be exported. Give another model."
         )
+    weights = bundle.weights
+    if any(isinstance(part, _ROUNDING) for _, part in traverse(cfg)):
+        cfg, weights = _settled(cfg, bundle)
     apart = isinstance(cfg.decoder, SequenceConfig)
     stacked = one_layer(cfg)
     last = _LastRead()
     parameters = (
-        _joined(bundle.weights)
+        _joined(weights)
         if apart
-        else {path: LazyArray(path, t.shape, t.dtype, last.reader(t)) for path, t in bundle.weights.items()}
+        else {path: LazyArray(path, t.shape, t.dtype, last.reader(t)) for path, t in weights.items()}
     )
     return StackedModel(
-        stacked, parameters, bundle.tokenizer, signature(_Arrays(bundle.weights)), bundle.quantization_recipe
+        stacked, parameters, bundle.tokenizer, signature(_Arrays(weights)), bundle.quantization_recipe
     )
+
+
+def _settled(cfg: CausalLMConfig, bundle: Bundle) -> tuple[CausalLMConfig, dict[str, StoredTensor]]:
+    """A model that was trained with rounded weights as what it computes: layers that do not round, of the rounded weights."""
+    # They take JAX.
+    from pippin.core.module import flatten_params
+    from pippin.layers.quant.settle import settled
+
+    cfg, params = settled(cfg, bundle.params())
+    return cfg, {path: _stored(values) for path, values in flatten_params(params).items()}
+
+
+def _stored(values: np.ndarray | Palettized) -> StoredTensor:
+    if isinstance(values, Palettized):
+        return StoredTensor(values.shape, np.dtype(np.float32), values.dequantized)
+    return StoredTensor(values.shape, values.dtype, lambda: np.asarray(values))
 
 
 def one_layer(cfg: CausalLMConfig) -> CausalLMConfig:

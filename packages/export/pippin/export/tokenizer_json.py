@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pippin.core import manifest
-from pippin.core.tokenizer import Tokenizer, load_tokenizer
+from pippin.core.tokenizer import Tokenizer, load_tokenizer, read_tokenizer_object
 from pippin.export.compress.text import evaluation_text
 
 _MODEL, _JSON, _CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+_IDS = "config.json"
 _SPACE = "▁"  # what SentencePiece writes for a space
 _SAMPLE = 20_000  # characters that both must cut alike
 _MORE = "  Übung, 東京 🍎\n\t x=1_000; é"
@@ -28,12 +29,32 @@ def write_tokenizer_json(folder: Path) -> bool:
     from sentencepiece import sentencepiece_model_pb2 as sp
 
     model = sp.ModelProto.FromString((folder / _MODEL).read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
-    text = json.dumps(_tokenizer(model, sp), ensure_ascii=False, indent=1) + "\n"
-    if not _agree(load_tokenizer(folder), text):
+    own = load_tokenizer(folder)
+    text = json.dumps(_tokenizer(model, sp, own), ensure_ascii=False, indent=1) + "\n"
+    if not _agree(own, text):
         return False
     manifest.write_file(folder / _JSON, text.encode())
-    manifest.write_file(folder / _CONFIG, (json.dumps(_config(model), indent=1) + "\n").encode())
+    config = _config(model) | read_tokenizer_object(folder / _CONFIG)
+    manifest.write_file(folder / _CONFIG, (json.dumps(config, indent=1) + "\n").encode())
     return True
+
+
+def write_special_ids(folder: Path) -> None:
+    """Adds to a tokenizer's folder the ids of its special tokens, in a config.json, unless it says them.
+
+    Where a model's config.json does not say them, transformers takes those of Llama 2.
+    """
+    facts = read_tokenizer_object(folder / _IDS)
+    if "eos_token_id" in facts:
+        return
+    tokenizer = load_tokenizer(folder)
+    ends = sorted(tokenizer.eos_ids)
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": ends if len(ends) > 1 else tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    manifest.write_file(folder / _IDS, (json.dumps(ids | facts, indent=1) + "\n").encode())
 
 
 def _agree(own: Tokenizer, text: str) -> bool:
@@ -48,7 +69,7 @@ def _agree(own: Tokenizer, text: str) -> bool:
     return True
 
 
-def _tokenizer(model: Any, sp: Any) -> dict[str, Any]:
+def _tokenizer(model: Any, sp: Any, own: Tokenizer) -> dict[str, Any]:
     """What tokenizer.json says."""
     piece = sp.ModelProto.SentencePiece
     kinds = {piece.CONTROL: True, piece.UNKNOWN: True, piece.USER_DEFINED: False}
@@ -84,9 +105,26 @@ def _tokenizer(model: Any, sp: Any) -> dict[str, Any]:
         "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": _starts_with([(model.pieces[i].piece, i) for i in own.start_ids]),
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": _bpe(model) if is_bpe else _unigram(model),
+    }
+
+
+def _starts_with(tokens: list[tuple[str, int]]) -> dict[str, Any] | None:
+    """The step that puts the tokens before a text that the model expects there."""
+    if not tokens:
+        return None
+
+    def text(name: str, number: int) -> list[dict[str, Any]]:
+        before = [{"SpecialToken": {"id": token, "type_id": number}} for token, _ in tokens]
+        return [*before, {"Sequence": {"id": name, "type_id": number}}]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": text("A", 0),
+        "pair": [*text("A", 0), *text("B", 1)],
+        "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in tokens},
     }
 
 

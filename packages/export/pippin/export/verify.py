@@ -91,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--record",
         action="store_true",
-        help="writes what was measured into the manifest, and golden vectors for a check on a Mac beside it",
+        help="writes what was measured into the manifest, and golden vectors for a check on a Mac beside it; with --adapter "
+        "the vectors alone, of that adapter",
     )
     parser.add_argument(
         "--adapter",

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from pippin.core.bundle import Bundle
 from pippin.core.errors import CheckpointError, ConfigError, DataError
+from pippin.export.adapter_files import adapter_path
 from pippin.export.compress.text import evaluation_text
 from pippin.export.display import Display
-from pippin.export.golden import record
+from pippin.export.golden import record, record_adapter
 from pippin.export.jax_reference import adapted_reference, stored_reference
 from pippin.export.mil.interpreter import Interpreter, Mode
 from pippin.export.mil.program import Program
@@ -78,14 +79,16 @@ def verify_package(request: Request) -> Report:
         raise ConfigError(
             "the steps must be at least 1, and the tokens of --perplexity not negative. Give such numbers."
         )
-    if request.adapter is not None and (request.record or request.perplexity_tokens):
+    if request.adapter is not None and request.perplexity_tokens:
         raise ConfigError(
-            "with --adapter there is neither --record nor --perplexity, which are of the bare model. Leave them out."
+            "with --adapter there is no --perplexity, which is of the bare model. Leave it out."
         )
     if request.record and request.mode != "both":
         raise ConfigError(
             "--record writes what float16 measured, and vectors of the exact mode. Leave --mode out, or make it both."
         )
+    if request.record and request.adapter is not None:
+        _require_beside(request.adapter, request.package)
     modes = [mode for mode in Mode if request.mode in (mode.value, "both")]
     windows = -(-request.perplexity_tokens // 64)  # at most
     with_steps = len(modes) * (request.steps + 2)
@@ -130,8 +133,22 @@ def verify_package(request: Request) -> Report:
             checks += _perplexity_checks(parity, request.perplexity_tokens)
     report = Report(tuple(checks), parity, _text(places, checks, length, time.monotonic() - began))
     if request.record and report.passed:
-        record(places, exported, parity, comparisons[-1].runner, source.name)
+        runner = comparisons[-1].runner
+        if request.adapter is None:
+            record(places, exported, parity, runner, source.name)
+        else:
+            record_adapter(places, exported, runner, request.adapter.stem)
     return report
+
+
+def _require_beside(adapter: Path, package: Path) -> None:
+    """Raises unless an adapter is one of a package: the check on a Mac looks for it there."""
+    there = adapter_path(Places.of(package), adapter.stem)
+    if adapter.resolve() != there.resolve():
+        raise ConfigError(
+            f"--record is for adapters beside the package, and {adapter} is not {there}. Put it there with "
+            "//packages/export:adapter, or leave --record out."
+        )
 
 
 def exported_model(model: str, exported: pb.ExportManifest, places: Places) -> ModelSource:

@@ -10,14 +10,15 @@ import pytest
 from pippin.core import manifest
 from pippin.core.errors import PippinError
 from pippin.export import verify
+from pippin.export.adapter_files import adapter_path
 from pippin.export.adapter_layout import adapter_file
 from pippin.export.export_testing import CONTEXT, PREFILL, TinyExport, tiny_export
-from pippin.export.golden import FILE, golden_arrays
+from pippin.export.golden import FILE, golden_arrays, golden_path
 from pippin.export.mil.errors import PackageError
 from pippin.export.mil.interpreter import Interpreter, Mode
 from pippin.export.mil.messages import model_messages
 from pippin.export.mil.spec import load_program
-from pippin.export.output import MANIFEST, Places, read_manifest
+from pippin.export.output import MANIFEST, Places, read_manifest, replace_file
 from pippin.export.package_runner import PackageRunner, causal_mask
 from pippin.export.verification import FLOAT16_UNITS, Comparison, check_bytes, check_states
 from pippin.export.verify_package import Request, verify_package
@@ -225,6 +226,47 @@ def test_an_adapter_is_its_model_with_more_in_its_weights(with_room, tmp_path):
     assert np.abs(bare - adapted).max() > 0.05
 
 
+def test_an_adapter_is_recorded_beside_the_bare_model(with_room, tmp_path):
+    root = with_room.places.package.parent
+    shutil.copytree(root, tmp_path / "copy")
+    copy = TinyExport(
+        tmp_path / "copy" / "model", Places.of(tmp_path / "copy" / with_room.places.package.name)
+    )
+    layout = read_manifest(copy.places).adapter
+    flat = np.random.default_rng(0).normal(0, 0.2, layout.length).astype(np.float16)
+    path = adapter_path(copy.places, "polite")
+    replace_file(path, adapter_file(flat, layout))
+    bare = verify_package(request(copy, record=True))
+    assert bare.passed and verify_package(request(copy, record=True, adapter=path)).passed
+    message = read_manifest(copy.places)
+    assert {f"tiny/{FILE}", "tiny/golden_polite.npz"} <= {file.path for file in message.files}
+    assert message.parity == bare.parity  # what it says is of the bare model
+    with (
+        np.load(golden_path(copy.places), allow_pickle=False) as without,
+        np.load(golden_path(copy.places, "polite"), allow_pickle=False) as golden,
+    ):
+        assert golden["adapter_name"].tolist() == ["polite"] and "adapter_name" not in without
+        assert np.abs(golden["logits_0"].astype(np.float32) - without["logits_0"]).max() > 0.05
+
+
+def test_recording_that_is_killed_leaves_a_package_that_can_be_recorded(copy, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(path, data):
+        replace_file(path, data)
+        raise Killed
+
+    assert verify_package(request(copy, record=True)).passed
+    with monkeypatch.context() as patch:
+        patch.setattr("pippin.export.golden.replace_file", killed)
+        with pytest.raises(Killed):
+            verify_package(request(copy, record=True, steps=5))
+    assert "tiny/golden.npz" not in {file.path for file in read_manifest(copy.places).files}
+    assert verify_package(request(copy, record=True)).passed
+    assert "tiny/golden.npz" in {file.path for file in read_manifest(copy.places).files}
+
+
 def test_an_adapter_of_another_size_is_refused(export, with_room, tmp_path):
     (tmp_path / "some.bin").write_bytes(bytes(6))
     for package in (export, with_room):
@@ -232,7 +274,9 @@ def test_an_adapter_of_another_size_is_refused(export, with_room, tmp_path):
             verify_package(request(package, adapter=tmp_path / "some.bin"))
     with pytest.raises(PippinError, match="cannot be read"):
         verify_package(request(export, adapter=tmp_path / "none.bin"))
-    with pytest.raises(PippinError, match="neither --record nor --perplexity"):
+    with pytest.raises(PippinError, match="there is no --perplexity, which is of the bare model"):
+        verify_package(request(export, adapter=tmp_path / "some.bin", perplexity_tokens=8))
+    with pytest.raises(PippinError, match="is for adapters beside the package"):
         verify_package(request(export, adapter=tmp_path / "some.bin", record=True))
 
 

@@ -3,18 +3,17 @@
     pip install coremltools numpy
     python verify_on_mac.py            # beside golden.npz, in the folder X of X.mlpackage; macOS 15 or later
 
-It prints a table, and exits with 1 where a compute unit fails, cannot load the package, or is further off than
---tolerance. This file was written without a Mac, and has been run only against an interpreter that stands in for Core ML.
+It prints what each compute unit computed, of the model and of each adapter that was recorded, and how long it took; it exits
+with 1 where a unit fails, cannot load the package, or is further off than --tolerance. This file was written without a Mac, and has been run only against an interpreter that stands in for Core ML.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +25,7 @@ UNITS_OF_LAST_PLACE = 8
 LEAST_TOLERANCE = 2e-2
 UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")
 PREFILL, DECODE = "prefill", "decode"
+ADAPTER_HEADER_BYTES = 64  # of the file of an adapter: whose it is
 
 
 class Model(Protocol):
@@ -47,55 +47,93 @@ Loader = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one compute unit did."""
+    """What one compute unit made of one recording."""
 
     unit: str
+    adapter: str  # "": the model without any
     max_error: float = float("nan")
     tokens_equal: int = 0
     calls: int = 0
     state_error: float = float("nan")  # of the sum of magnitudes, relative
-    prefill_ms: float = float("nan")
-    decode_ms: float = float("nan")
     problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """How long one compute unit takes."""
+
+    unit: str
+    load_s: float  # both functions; the first time on a machine, it also compiles for the unit
+    calls_ms: Mapping[str, Sequence[float]]  # function -> the time of each call
+
+
+def recording(path: Path, adapters: Path) -> dict[str, np.ndarray]:
+    """What was recorded in a file, with the numbers of its adapter as the package takes them."""
+    with np.load(path, allow_pickle=False) as file:
+        golden = dict(file)
+    golden["adapter_values"] = np.zeros(int(golden["adapter"][0]), np.float16)
+    if name := adapter_of(golden):
+        values = np.frombuffer((adapters / f"{name}.bin").read_bytes(), "<f2", offset=ADAPTER_HEADER_BYTES)
+        if values.shape != golden["adapter_values"].shape:
+            raise ValueError(f"{name}.bin has {values.size} numbers; {path.name} was recorded with another")
+        golden["adapter_values"] = values
+    return golden
+
+
+def adapter_of(golden: Mapping[str, np.ndarray]) -> str:
+    """The name of the adapter that a recording is of; empty for none."""
+    return str(golden["adapter_name"][0]) if "adapter_name" in golden else ""
 
 
 def calls(golden: Mapping[str, np.ndarray]) -> Iterator[tuple[str, dict[str, np.ndarray], int, np.ndarray]]:
     """Of each recorded call its function, its inputs, how many tokens are no padding, and the last logits."""
-    adapter = int(golden["adapter"][0])
     for i, function in enumerate(golden["functions"]):
         inputs = {
             "inputIds": golden[f"ids_{i}"],
             "position": golden["position"][i : i + 1],
             "causalMask": golden[f"mask_{i}"],
         }
-        if adapter:
-            inputs["adapter"] = np.zeros(adapter, np.float16)
+        if golden["adapter_values"].size:
+            inputs["adapter"] = golden["adapter_values"]
         yield str(function), inputs, int(golden["tokens"][i]), golden[f"logits_{i}"]
 
 
-def run_unit(golden: Mapping[str, np.ndarray], load: Loader, unit: str, repeats: int) -> Result:
+def run_unit(
+    recordings: Sequence[Mapping[str, np.ndarray]], load: Loader, unit: str, repeats: int
+) -> tuple[list[Result], Latency | None]:
     """Runs all recorded calls on one compute unit, and then some again for their time."""
+    results: list[Result] = []
     try:
+        began = time.perf_counter()
         models = {name: load(name, unit) for name in (PREFILL, DECODE)}
-        state = models[DECODE].make_state()
-        error, equal, count = 0.0, 0, 0
-        for function, inputs, tokens, want in calls(golden):
-            # A copy: coremltools changes the dict that it is given.
-            logits = np.asarray(models[function].predict(dict(inputs), state=state)["logits"])[0, tokens - 1]
-            difference = np.abs(logits.astype(np.float64) - want.astype(np.float64))
-            error = max(error, float("inf") if np.isnan(difference).any() else float(difference.max()))
-            equal += int(logits.argmax() == want.argmax())
-            count += 1
-        off = state_error(golden, state)
-        times = {name: latency_ms(golden, models, name, repeats) for name in (PREFILL, DECODE)}
+        load_s = time.perf_counter() - began
+        for golden in recordings:
+            results.append(compared(golden, models, unit))
+        times = {name: times_ms(recordings[0], models, name, repeats) for name in (PREFILL, DECODE)}
     except Exception as e:  # noqa: BLE001  a unit that cannot run the package is a result, and the others are tried
-        return Result(unit, problem=f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
-    return Result(unit, error, equal, count, off, times[PREFILL], times[DECODE])
+        adapter = adapter_of(recordings[min(len(results), len(recordings) - 1)])
+        problem = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        return [*results, Result(unit, adapter, problem=problem)], None
+    return results, Latency(unit, load_s, times)
 
 
-def default_tolerance(golden: Mapping[str, np.ndarray]) -> float:
+def compared(golden: Mapping[str, np.ndarray], models: Mapping[str, Model], unit: str) -> Result:
+    """Runs a recording, and holds what comes out against it. One state serves both functions, as in an app."""
+    state = models[DECODE].make_state()
+    error, equal, count = 0.0, 0, 0
+    for function, inputs, tokens, want in calls(golden):
+        # A copy: coremltools changes the dict that it is given.
+        logits = np.asarray(models[function].predict(dict(inputs), state=state)["logits"])[0, tokens - 1]
+        difference = np.abs(logits.astype(np.float64) - want.astype(np.float64))
+        error = max(error, float("inf") if np.isnan(difference).any() else float(difference.max()))
+        equal += int(logits.argmax() == want.argmax())
+        count += 1
+    return Result(unit, adapter_of(golden), error, equal, count, state_error(golden, state))
+
+
+def default_tolerance(recordings: Sequence[Mapping[str, np.ndarray]]) -> float:
     """What an error of a logit must be below."""
-    largest = max(float(np.abs(want).max()) for _, _, _, want in calls(golden))
+    largest = max(float(np.abs(want).max()) for golden in recordings for _, _, _, want in calls(golden))
     return max(LEAST_TOLERANCE, UNITS_OF_LAST_PLACE * float(np.spacing(np.float16(largest))))
 
 
@@ -108,10 +146,10 @@ def state_error(golden: Mapping[str, np.ndarray], state: Any) -> float:
     return worst
 
 
-def latency_ms(
+def times_ms(
     golden: Mapping[str, np.ndarray], models: Mapping[str, Model], function: str, repeats: int
-) -> float:
-    """The median time of a call, after two to warm up, in milliseconds."""
+) -> list[float]:
+    """The times of calls, after two to warm up. Shapes are fixed: a call takes as long wherever in the text it is."""
     inputs = next(given for name, given, _, _ in calls(golden) if name == function)
     state = models[DECODE].make_state()
     times = []
@@ -120,40 +158,46 @@ def latency_ms(
         models[function].predict(dict(inputs), state=state)
         if i >= 2:
             times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times)
+    return times
 
 
-def table(results: list[Result], golden: Mapping[str, np.ndarray], tolerance: float) -> str:
-    """The results as lines."""
-    prefill = next(given for name, given, _, _ in calls(golden) if name == PREFILL)["inputIds"].shape[1]
+def result_table(results: Sequence[Result], tolerance: float) -> str:
+    """What was computed, as lines."""
+    rows: list[tuple[str, ...]] = [
+        ("compute unit", "adapter", "max error", "greedy tokens", "states off", "")
+    ]
+    for r in results:
+        numbers = (f"{r.max_error:.2e}", f"{r.tokens_equal} of {r.calls}", f"{r.state_error:.1e}")
+        verdict = f"FAILED: {r.problem}" if r.problem else "ok" if passed(r, tolerance) else "FAILED"
+        rows.append((r.unit, r.adapter or "none", *(("-",) * 3 if r.problem else numbers), verdict))
+    return aligned(rows)
+
+
+def latency_table(latencies: Sequence[Latency], prefill_tokens: int) -> str:
+    """How long it took, as lines: medians and 99th percentiles in ms, and tokens a second by the medians."""
     rows: list[tuple[str, ...]] = [
         (
             "compute unit",
-            "max error",
-            "greedy tokens",
-            "states off",
-            f"prefill of {prefill}",
-            "decode",
+            "load",
+            f"prefill of {prefill_tokens}: P50",
+            "P99",
             "tokens/s",
-            "",
+            "decode of 1: P50",
+            "P99",
+            "tokens/s",
         )
     ]
-    for r in results:
-        if r.problem:
-            rows.append((r.unit, *["-"] * 6, f"FAILED: {r.problem}"))
-            continue
-        rows.append(
-            (
-                r.unit,
-                f"{r.max_error:.2e}",
-                f"{r.tokens_equal} of {r.calls}",
-                f"{r.state_error:.1e}",
-                f"{r.prefill_ms:.1f} ms",
-                f"{r.decode_ms:.1f} ms",
-                f"{1e3 / r.decode_ms:.1f}",
-                "ok" if passed(r, tolerance) else "FAILED",
-            )
-        )
+    for latency in latencies:
+        cells = [latency.unit, f"{latency.load_s:.1f} s"]
+        for function, tokens in ((PREFILL, prefill_tokens), (DECODE, 1)):
+            p50, p99 = np.percentile(latency.calls_ms[function], (50, 99))
+            cells += [f"{p50:.2f} ms", f"{p99:.2f} ms", f"{1e3 * tokens / p50:.1f}"]
+        rows.append(tuple(cells))
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows as lines whose columns are as wide as they need."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
@@ -180,21 +224,42 @@ def main(argv: list[str] | None = None, load: Loader | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--package", type=Path, default=folder.with_name(f"{folder.name}.mlpackage"))
-    parser.add_argument("--golden", type=Path, default=folder / "golden.npz")
+    parser.add_argument(
+        "--golden",
+        nargs="+",
+        type=Path,
+        help="recordings (default: golden.npz and golden_ADAPTER.npz beside this file)",
+    )
+    parser.add_argument(
+        "--adapters", type=Path, default=folder / "adapters", help="the folder of their files"
+    )
     parser.add_argument("--units", nargs="+", choices=UNITS, default=list(UNITS))
     parser.add_argument("--tolerance", type=float, help="of a logit (default: by how large logits are)")
-    parser.add_argument("--repeats", type=int, default=20, help="calls that are timed (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=100, help="calls that are timed (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
-    with np.load(args.golden, allow_pickle=False) as file:
-        golden = dict(file)
-    tolerance = default_tolerance(golden) if args.tolerance is None else args.tolerance
+    paths = args.golden or [*folder.glob("golden.npz"), *sorted(folder.glob("golden_*.npz"))]
+    if not paths:
+        parser.error(f"{folder} has no golden.npz: pippin's `verify --record` writes it")
+    recordings = [recording(path, args.adapters) for path in paths]
+    tolerance = default_tolerance(recordings) if args.tolerance is None else args.tolerance
     load = load or coreml_loader(args.package)
-    results = []
+    results: list[Result] = []
+    latencies: list[Latency] = []
     for unit in args.units:
         print(f"{unit} ...", file=sys.stderr)
-        results.append(run_unit(golden, load, unit, args.repeats))
-    print(table(results, golden, tolerance))
+        computed, latency = run_unit(recordings, load, unit, args.repeats)
+        results += computed
+        latencies += [] if latency is None else [latency]
+    prefill = next(given for name, given, _, _ in calls(recordings[0]) if name == PREFILL)["inputIds"].shape[
+        1
+    ]
+    print(result_table(results, tolerance))
     print(f"a logit may be off by {tolerance:.3g}")
+    if latencies:
+        print()
+        print(latency_table(latencies, prefill))
     return 0 if all(passed(r, tolerance) for r in results) else 1
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pippin.core import manifest
+from pippin.core.chat_template import chat_template_source
 from pippin.core.tokenizer import load_tokenizer
 from pippin.export.output import TOKENIZER, Places
 from pippin.v1 import export_pb2 as pb
@@ -41,10 +42,11 @@ def _facts(places: Places, exported: pb.ExportManifest) -> dict[str, str]:
     logits = next(o for f in exported.functions for o in f.outputs if o.name == "logits")
     stop_ids: Iterable[int] = ()
     start_ids: Iterable[int] = ()
-    folder = places.folder / TOKENIZER
+    folder, chat = places.folder / TOKENIZER, False
     if folder.is_dir():
         tokenizer = load_tokenizer(folder)
         stop_ids, start_ids = tokenizer.eos_ids, tokenizer.start_ids
+        chat = chat_template_source(folder) is not None
     length = exported.adapter.length
     room = (
         f"of rank {exported.adapter.rank} at most, {length:,} numbers"
@@ -59,6 +61,7 @@ def _facts(places: Places, exported: pb.ExportManifest) -> dict[str, str]:
         "vocab": str(logits.shape[-1]),
         "adapter": str(length),
         "adapters": room,
+        "chat": "the model's" if chat else "none: `--chat` and `Chat` say so",
         "stop_ids": ", ".join(map(str, sorted(stop_ids))),
         "start_ids": ", ".join(map(str, start_ids)),
         "signature": exported.model_signature,

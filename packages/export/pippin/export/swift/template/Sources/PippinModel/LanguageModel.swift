@@ -5,6 +5,7 @@ public enum LanguageModelError: Error, CustomStringConvertible {
     case contextIsFull(tokens: Int, length: Int)
     case noTokens
     case noLogits
+    case logitsAreNoNumbers(position: Int)
     case adapterLength(got: Int, expected: Int)
     case adapterOfAnotherModel
 
@@ -16,6 +17,8 @@ public enum LanguageModelError: Error, CustomStringConvertible {
             return "There are no tokens to read. Give one at least."
         case .noLogits:
             return "The model gave no logits of the type Float16. Export it again."
+        case .logitsAreNoNumbers(let position):
+            return "Logits of the token at position \(position) are infinite or no numbers: this compute unit does not compute the model. Take another one, such as .cpuOnly, and run verify_on_mac.py to see which do."
         case .adapterLength(let got, let expected):
             return "The adapter has \(got) numbers; this model takes \(expected). Use one that was exported with it."
         case .adapterOfAnotherModel:
@@ -81,7 +84,13 @@ public final class LanguageModel {
         position = 0
     }
 
-    /// Reads tokens behind the text, and gives the logits of the one that comes next.
+    /// Forgets the text behind its first tokens. What the caches hold of it is masked, and is written over.
+    public func rewind(to length: Int) {
+        precondition(length >= 0 && length <= position, "a text is only made shorter")
+        position = length
+    }
+
+    /// Reads tokens behind the text, and gives the logits of the one that comes next: all of them are finite.
     public func read(_ tokens: [Int]) async throws -> [Float] {
         guard !tokens.isEmpty else { throw LanguageModelError.noTokens }
         guard position + tokens.count <= ModelFacts.contextLength else {
@@ -121,8 +130,13 @@ public final class LanguageModel {
         guard let logits = output.featureValue(for: "logits")?.shapedArrayValue(of: Float16.self) else {
             throw LanguageModelError.noLogits
         }
+        let next = logits[0][tokens.count - 1].scalars.map { Float($0) }
+        // Of these a sampler would take a token all the same, and the text would be nonsense.
+        guard next.allSatisfy({ $0.isFinite }) else {
+            throw LanguageModelError.logitsAreNoNumbers(position: position + tokens.count - 1)
+        }
         position += tokens.count
-        return logits[0][tokens.count - 1].scalars.map { Float($0) }
+        return next
     }
 
     /// 0 where a token may look, -infinity elsewhere: each token sees those before it and itself, padding too.

@@ -1,6 +1,6 @@
 import Foundation
 
-/// Chooses a token by its logits.
+/// Chooses a token by its logits, which are finite, as those of a `LanguageModel` are.
 public struct Sampler {
     /// 0 takes the most likely token; 1 samples as the model says; more is more surprising.
     public var temperature: Float
