@@ -78,8 +78,9 @@ class _CoreAI(Target):
         with tempfile.TemporaryDirectory(dir=package.parent) as folder:
             in_float32 = Path(folder) / package.name
             progress("the same in float32", 1, 2)
+            lowered = _lower(source, options, np.float32)
             with library_writes(in_float32):
-                _lower(source, options, np.float32).program.save_asset(in_float32)
+                lowered.program.save_asset(in_float32)
             progress("run", 2, 2)
             return parities(package, source.bundle, options, options.verify_steps, in_float32)
 

@@ -85,21 +85,20 @@ def get(name: str) -> Recipe:
 
 
 def load_file(path: Path) -> list[str]:
-    """Runs a Python file of a user's recipes; the names of those that it added.
+    """Runs a Python file of a user's recipes; the names of those in it, without those of modules that it imports.
 
     Raises:
         ConfigError: there is no such file, or it registers no recipe.
     """
     if not path.is_file():
         raise ConfigError(f"--recipe-file got {path}, which is no file. Give it a .py file with an @recipe.")
-    before = set(_RECIPES)
     name = f"pippin_recipe_file_{path.stem}"  # a file named json.py must not hide the library's module
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
-    added = sorted(set(_RECIPES) - before)
+    added = sorted(r.name for r in _RECIPES.values() if r.make.__module__ == name)
     if not added:
         raise ConfigError(
             f"{path} registers no recipe. Put @recipe from pippin.train.recipe over a function in it."

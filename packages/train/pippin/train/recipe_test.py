@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,21 @@ def test_a_file_of_ones_own_adds_recipes(tmp_path: Path) -> None:
     )
     assert recipes.load_file(path) == ["mine"]
     assert recipes.get("mine").make().steps == 7
+
+
+def test_what_a_file_imports_is_not_its_own(tmp_path: Path) -> None:
+    other = "pippin.train.recipes.stdlib_tiny_recovery"
+    sys.modules.pop(other, None)  # as in a process that has not listed the recipes
+    path = tmp_path / "recovered.py"
+    path.write_text(
+        f"from {other} import recovery\n"
+        "from pippin.train.recipe import get, recipe\n"
+        "@recipe\n"
+        "def recovered():\n"
+        "    'My model, recovered.'\n"
+        "    return recovery(get('stdlib_tiny').make(), 'compressed/mine')\n"
+    )
+    assert recipes.load_file(path) == ["recovered"]
 
 
 def test_a_file_without_recipes_is_refused(tmp_path: Path) -> None:
