@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pippin.core.errors import PippinError
+from pippin.core.errors import CheckpointError, PippinError
 
 
 def compare(model: Path, mlpackage: Path, aimodel: Path, prompt_tokens: int, steps: int) -> str:
@@ -30,17 +30,29 @@ def compare(model: Path, mlpackage: Path, aimodel: Path, prompt_tokens: int, ste
         aimodel: of Core AI.
         prompt_tokens: how long the prompt is.
         steps: how many tokens are written behind it.
+
+    Raises:
+        PippinError: one of them cannot be opened, or was made of other weights.
     """
     from pippin.export.compress.text import evaluation_text
     from pippin.export.coreai_runtime import CoreAIModel
     from pippin.export.jax_reference import stored_reference
     from pippin.export.mil.interpreter import Interpreter, Mode
     from pippin.export.mil.spec import load_program
+    from pippin.export.model_source import open_source
+    from pippin.export.output import Places, read_manifest
     from pippin.export.package_runner import PackageRunner
     from pippin.export.verification import prompt_ids
-    from pippin.layers.model_files import open_model
 
-    bundle = open_model(model)
+    source = open_source(model)
+    for package in (mlpackage, aimodel):
+        exported = read_manifest(Places.of(package))
+        if exported.model_signature != source.signature:
+            raise CheckpointError(
+                f"{package} was made of the model with the signature {exported.model_signature[:12]}, and {model} has "
+                f"{source.signature[:12]}. Give three of the same weights."
+            )
+    bundle = source.bundle
     prompt = prompt_ids(bundle, evaluation_text(), prompt_tokens)
     _say("Core AI")
     with CoreAIModel(aimodel) as apple:
@@ -59,13 +71,14 @@ def compare(model: Path, mlpackage: Path, aimodel: Path, prompt_tokens: int, ste
 
 def table(found: dict[str, np.ndarray], prompt_tokens: int) -> str:
     """Of logits [T, V] by who computed them, each pair's differences as lines."""
-    lines = [f"{'':44}{'largest':>10}{'rms':>10}  greedy tokens that are equal"]
+    lines = [f"{'':44}{'largest':>10}{'rms':>10}  likeliest tokens that are equal, of them greedy ones"]
     for (one, a), (other, b) in itertools.combinations(found.items(), 2):
         apart = a.astype(np.float64) - b
-        same = (a.argmax(-1) == b.argmax(-1))[prompt_tokens - 1 :]
+        same = a.argmax(-1) == b.argmax(-1)
+        greedy = same[prompt_tokens - 1 :]
         lines.append(
             f"{f'{one} and {other}':44}{np.abs(apart).max():10.1e}{np.sqrt((apart**2).mean()):10.1e}"
-            f"  {same.sum()} of {same.size}"
+            f"  {same.sum()} of {same.size}, {greedy.sum()} of {greedy.size}"
         )
     most = max(float(np.abs(logits).max()) for logits in found.values())
     return "\n".join([*lines, f"logits up to {most:.1f}"])

@@ -13,6 +13,6 @@ def test_differences_are_of_each_pair_and_tokens_of_those_that_were_written():
     text = table({"a": one, "b": other, "c": one}, prompt_tokens=2)
     lines = text.splitlines()
     assert [line.split("  ")[0] for line in lines[1:4]] == ["a and b", "a and c", "b and c"]
-    assert "3.0e+00" in lines[1] and lines[1].endswith("2 of 3")
-    assert "0.0e+00" in lines[2] and lines[2].endswith("3 of 3")
+    assert "3.0e+00" in lines[1] and lines[1].endswith("2 of 4, 2 of 3")
+    assert "0.0e+00" in lines[2] and lines[2].endswith("4 of 4, 3 of 3")
     assert lines[4] == "logits up to 3.0"

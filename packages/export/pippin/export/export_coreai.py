@@ -12,7 +12,7 @@ import numpy as np
 from pippin.core.errors import ConfigError
 from pippin.export.coreai_emitter import require_rules
 from pippin.export.coreai_tools import AIModelAssetMetadata
-from pippin.export.export_package import Options, Target, export_package
+from pippin.export.export_package import Measured, Options, Target, export_package
 from pippin.export.lower_coreai import lower_coreai
 from pippin.export.model_source import ModelSource
 from pippin.export.output import Places, library_writes
@@ -68,13 +68,13 @@ class _CoreAI(Target):
         with library_writes(places.package):
             lowered.program.save_asset(places.package, metadata)
 
-    def parities(
+    def measured(
         self, package: Path, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
-    ) -> list[pb.ExportParity]:
-        from pippin.export.coreai_parity import parities  # it takes JAX
+    ) -> list[Measured]:
+        from pippin.export.coreai_parity import measured  # it takes JAX
 
         if self._dtype is np.float32:
-            return parities(package, source.bundle, options, options.verify_steps)
+            return measured(package, source.bundle, options, options.verify_steps)
         with tempfile.TemporaryDirectory(dir=package.parent) as folder:
             in_float32 = Path(folder) / package.name
             progress("the same in float32", 1, 2)
@@ -82,7 +82,7 @@ class _CoreAI(Target):
             with library_writes(in_float32):
                 lowered.program.save_asset(in_float32)
             progress("run", 2, 2)
-            return parities(package, source.bundle, options, options.verify_steps, in_float32)
+            return measured(package, source.bundle, options, options.verify_steps, in_float32)
 
 
 def _lower(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pippin.export.coreml_tools import ct
-from pippin.export.export_package import Options, Target, export_package
+from pippin.export.export_package import Measured, Options, Target, export_package
 from pippin.export.lower import Lowered, Sizes, lower
 from pippin.export.lower_emitter import require_rules
 from pippin.export.model_source import ModelSource
@@ -43,17 +43,17 @@ class _CoreML(Target):
         write_package(places, lowered, metadata, one_line(source))
         write_swift_package(places, exported)
 
-    def parities(
+    def measured(
         self, package: Path, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
-    ) -> list[pb.ExportParity]:
+    ) -> list[Measured]:
         from pippin.export.measure import parity  # it takes JAX
+        from pippin.export.verification import PUBLISHED_UNITS, bound
 
         found = parity(package, source.bundle, options.verify_steps, progress)
-        return [
-            pb.ExportParity(
-                max_logit_error=found.max_error,
-                tokens_equal=found.tokens_equal,
-                decode_steps=found.steps,
-                runtime="pippin.export.mil",
-            )
-        ]
+        told = pb.ExportParity(
+            max_logit_error=found.max_error,
+            tokens_equal=found.tokens_equal,
+            decode_steps=found.steps,
+            runtime="pippin.export.mil",
+        )
+        return [Measured(told, bound(found.max_logit, PUBLISHED_UNITS))]

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
 from pippin.core import manifest
 from pippin.core.bundle import load_bundle, save_bundle
 from pippin.core.errors import CheckpointError, ConfigError
@@ -55,6 +53,14 @@ class Options(Sizes):
         return 5 + sum(map(bool, (self.recipe, self.perplexity_tokens, self.verify_steps)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A saved package beside its model."""
+
+    parity: pb.ExportParity
+    bound: float  # what the largest error must be below
+
+
 class Target(abc.ABC):
     """A kind of package: what is done for it in its own way."""
 
@@ -76,9 +82,9 @@ class Target(abc.ABC):
         """Writes the package, and what lies beside packages of this kind alone. The tokenizer is there already."""
 
     @abc.abstractmethod
-    def parities(
+    def measured(
         self, package: Path, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
-    ) -> Sequence[pb.ExportParity]:
+    ) -> Sequence[Measured]:
         """How far the saved package is from its model in JAX, by each way to run it; the manifest has the first."""
 
 
@@ -182,17 +188,19 @@ def _measure(
         exported.parity.perplexity_before, exported.parity.perplexity_after = before, after
     if options.verify_steps:
         display.step("verify")
-        parities = target.parities(places.package, source, options, display.part)
-        for parity in parities:
-            _require_same(source.name, parity)
-        exported.parity.MergeFrom(parities[0])
+        found = target.measured(places.package, source, options, display.part)
+        for each in found:
+            _require_same(source.name, each)
+        exported.parity.MergeFrom(found[0].parity)
 
 
-def _require_same(name: str, parity: pb.ExportParity) -> None:
+def _require_same(name: str, measured: Measured) -> None:
+    parity = measured.parity
     # A rounding of the last bit may exchange two tokens that are as likely; half of them is another model.
-    if not np.isfinite(parity.max_logit_error) or parity.tokens_equal * 2 < parity.decode_steps:
+    if not parity.max_logit_error < measured.bound or parity.tokens_equal * 2 < parity.decode_steps:
         raise CheckpointError(
-            f"the program of the package does not compute what {name} does: the largest error of a logit is "
-            f"{parity.max_logit_error:.3g}, and {parity.tokens_equal} of {parity.decode_steps} greedy tokens are equal. "
-            "This is a defect of the export, of which nothing was kept: report it, with the model's config."
+            f"the program of the package does not compute what {name} does ({parity.runtime}): the largest error of a logit is "
+            f"{parity.max_logit_error:.3g}, which must be below {measured.bound:.3g}, and {parity.tokens_equal} of "
+            f"{parity.decode_steps} greedy tokens are equal. This is a defect of the export, of which nothing was kept: "
+            "report it, with the model's config."
         )

@@ -77,7 +77,9 @@ def record(
         runner: that read a text in the exact mode, whose calls are recorded.
         name: of the model, as people know it.
     """
-    exported.parity.CopyFrom(parity)
+    if parity.perplexity_after:
+        exported.parity.perplexity_before = 0  # of other text
+    exported.parity.MergeFrom(parity)  # what was not measured again stays
     report = places.folder / REPORT
     with rewriting(places, exported, [golden_path(places), places.folder / SCRIPT, report]):
         _write(places, golden_arrays(runner.calls, runner))

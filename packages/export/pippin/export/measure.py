@@ -18,6 +18,7 @@ from pippin.export.mil.interpreter import Interpreter, Mode
 from pippin.export.mil.spec import load_program
 from pippin.export.model_source import ModelSource
 from pippin.export.package_runner import sizes
+from pippin.export.program_sizes import prompt_length
 from pippin.export.verification import Comparison, compare, prompt_ids
 
 
@@ -82,7 +83,7 @@ def parity(
 
 
 def prompt_and_steps(model: Bundle, prefill: int, context: int, steps: int) -> tuple[list[int], int]:
-    """A prompt of a whole part and half of the next, so that padding is seen too, and how many steps fit behind it.
+    """A prompt of `prompt_length` tokens, and how many steps fit behind it.
 
     Args:
         model: with its tokenizer, where it has one.
@@ -91,7 +92,7 @@ def prompt_and_steps(model: Bundle, prefill: int, context: int, steps: int) -> t
         steps: that are wanted.
     """
     steps = min(steps, context // 2)
-    return prompt_ids(model, evaluation_text(), min(prefill * 3 // 2, context - steps)), steps
+    return prompt_ids(model, evaluation_text(), prompt_length(prefill, context, steps)), steps
 
 
 def _numbers(values: object, stored: bool) -> np.ndarray:

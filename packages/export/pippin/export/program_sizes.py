@@ -42,6 +42,20 @@ class Sizes:
             raise ConfigError(f"the adapter rank is {self.adapter_rank}; it must be 0, for none, or more.")
 
 
+def prompt_length(prefill: int, context: int, steps: int) -> int:
+    """How long a prompt to verify with is: one part and half of the next, so that padding is seen; less in small caches.
+
+    Args:
+        prefill: tokens of a prompt that are read at a time.
+        context: tokens that the caches hold, the padding of a last part too.
+        steps: that are decoded behind it, two less than the context at most.
+    """
+    wanted = prefill + prefill // 2
+    if 2 * prefill > context or wanted + steps > context:
+        wanted = min(prefill, context - steps)
+    return max(wanted, 2)
+
+
 def cache_shape(cfg: CausalLMConfig, context: int) -> tuple[int, ...]:
     """Of a state: float16 [layers with a cache, 1, K, S, H]."""
     caching = {path: child for path, child in traverse(cfg) if isinstance(child, GroupedQueryAttentionConfig)}

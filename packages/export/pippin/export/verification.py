@@ -29,6 +29,9 @@ EXACT_UNITS = 1
 # some ten operations in each of many layers is off by up to half a unit of its last place. Of logits below 4, eight
 # units are less than 2e-2.
 FLOAT16_UNITS = 8
+# What an export must be below to be published at all. Roundings may add up to more than verify allows, which then tells so; a
+# wrong program is off by as much as logits are large, hundreds of units.
+PUBLISHED_UNITS = 32
 BYTES_SHARE = 0.01
 # Constants that are no weights: tables of angles, zeros where a format wants a bias. More than 1% of tiny models.
 SMALL_CONSTANTS = 1 << 18
@@ -59,8 +62,12 @@ class Comparison:
     @property
     def bound(self) -> float:
         """What the error must be below."""
-        units = EXACT_UNITS if self.mode is Mode.EXACT else FLOAT16_UNITS
-        return max(BOUND, units * float(np.spacing(np.float16(self.max_logit))))
+        return bound(self.max_logit, EXACT_UNITS if self.mode is Mode.EXACT else FLOAT16_UNITS)
+
+
+def bound(max_logit: float, units: int = FLOAT16_UNITS) -> float:
+    """What the error of a logit must be below where the largest is `max_logit`: so many units of the last place of float16."""
+    return max(BOUND, units * float(np.spacing(np.float16(max_logit))))
 
 
 def check_files(places: Places, exported: pb.ExportManifest) -> Check:

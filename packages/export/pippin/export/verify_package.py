@@ -19,6 +19,7 @@ from pippin.export.mil.spec import load_program
 from pippin.export.model_source import ModelSource, open_source
 from pippin.export.output import Places, read_manifest
 from pippin.export.package_runner import sizes
+from pippin.export.program_sizes import prompt_length
 from pippin.export.verification import (
     Check,
     check_bytes,
@@ -72,7 +73,7 @@ def verify_package(request: Request) -> Report:
 
     Raises:
         DamageError: a file is absent, or not as it was written.
-        PippinError: the package or the model cannot be opened, or do not belong together.
+        PippinError: the package or the model cannot be opened, or do not belong together; the package is none of Core ML's.
     """
     began = time.monotonic()
     if request.steps < 1 or request.perplexity_tokens < 0:
@@ -100,6 +101,11 @@ def verify_package(request: Request) -> Report:
                 f"{request.package} is no package: there is no such folder. Give an X.mlpackage."
             )
         exported = read_manifest(places)
+        if exported.target != "coreml":
+            raise ConfigError(
+                f"all files of {request.package} are as its manifest says; its program is for {exported.target}, and this "
+                "command runs those of Core ML. //packages/export:coreai ran it when it wrote it: see `parity` in the manifest."
+            )
         checks = [check_files(places, exported)]
         display.step("open the model")
         source = exported_model(request.model, exported, places)
@@ -127,10 +133,11 @@ def verify_package(request: Request) -> Report:
         if request.perplexity_tokens:
             model = float_model(request, source, exported)
             ids = prompt_ids(model, text, request.perplexity_tokens + 1)
-            parity.perplexity_before, parity.perplexity_after = perplexities(
-                Interpreter(program, modes[0]), model, ids, display.step
-            )
-            checks += _perplexity_checks(parity, request.perplexity_tokens)
+            before, after = perplexities(Interpreter(program, modes[0]), model, ids, display.step)
+            checks += _perplexity_checks(before, after, request.perplexity_tokens, bool(model.quantized))
+            parity.perplexity_after = after
+            if not model.quantized:
+                parity.perplexity_before = before
     report = Report(tuple(checks), parity, _text(places, checks, length, time.monotonic() - began))
     if request.record and report.passed:
         runner = comparisons[-1].runner
@@ -196,22 +203,18 @@ def float_model(request: Request, source: ModelSource, exported: pb.ExportManife
 
 
 def _prompt_length(program: Program, steps: int) -> int:
-    """One part of a prompt and half of the next, so that padding is seen too; less where the caches are small."""
     size = sizes(program)
     if steps >= size.context - 1:
         raise ConfigError(
             f"{steps} steps do not fit behind a prompt in caches of {size.context} tokens. Give fewer --steps."
         )
-    wanted = size.prefill + size.prefill // 2
-    if 2 * size.prefill > size.context or wanted + steps > size.context:
-        wanted = min(size.prefill, size.context - steps)
-    return max(wanted, 2)
+    return prompt_length(size.prefill, size.context, steps)
 
 
-def _perplexity_checks(parity: pb.ExportParity, tokens: int) -> list[Check]:
-    before, after = parity.perplexity_before, parity.perplexity_after
+def _perplexity_checks(before: float, after: float, tokens: int, compressed: bool) -> list[Check]:
+    model = "the package's weights in JAX" if compressed else "the float model"
     return [
-        Check("perplexity of the float model", f"{before:.4f}", f"over {tokens} tokens"),
+        Check(f"perplexity of {model}", f"{before:.4f}", f"over {tokens} tokens"),
         Check("perplexity of the package", f"{after:.4f} ({after / before - 1:+.2%})", ""),
     ]
 

@@ -1,6 +1,7 @@
 """Verifying real packages of a tiny model: what passes, and what is refused."""
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from pippin.export.mil.errors import PackageError
 from pippin.export.mil.interpreter import Interpreter, Mode
 from pippin.export.mil.messages import model_messages
 from pippin.export.mil.spec import load_program
-from pippin.export.output import MANIFEST, Places, read_manifest, replace_file
+from pippin.export.output import MANIFEST, Places, read_manifest, replace_file, rewriting
 from pippin.export.package_runner import PackageRunner, causal_mask
 from pippin.export.verification import FLOAT16_UNITS, Comparison, check_bytes, check_states
 from pippin.export.verify_package import Request, verify_package
@@ -51,7 +52,8 @@ def test_a_package_is_its_model(export):
     report = verify_package(request(export, steps=32, perplexity_tokens=CONTEXT + 8))
     assert report.passed, report.text
     assert report.parity.max_logit_error < 2e-2 and report.parity.tokens_equal == 32
-    assert abs(report.parity.perplexity_after / report.parity.perplexity_before - 1) < 1e-2
+    change = re.search(r"perplexity of the package .*\(([-+].+)%\)", report.text)
+    assert change is not None and abs(float(change[1])) < 1
     assert "all checks passed; a prompt of 24 tokens" in report.text
 
 
@@ -175,6 +177,27 @@ def test_what_is_recorded_lies_in_the_manifest_and_is_read_back(copy):
         assert golden["tokens"].tolist() == [PREFILL, PREFILL // 2, 1, 1, 1, 1]
         assert golden["position"].tolist() == [0, 16, 24, 25, 26, 27]
         assert golden["logits_0"].shape == (96,) and golden["logits_0"].dtype == np.float16
+
+
+def test_what_the_export_measured_and_a_record_did_not_stays(copy):
+    message = read_manifest(copy.places)
+    message.parity.perplexity_before, message.parity.perplexity_after = 9.0, 10.0
+    with rewriting(copy.places, message, []):
+        pass
+    assert verify_package(request(copy, record=True)).passed
+    found = read_manifest(copy.places).parity
+    assert (found.perplexity_before, found.perplexity_after, found.decode_steps) == (9.0, 10.0, 4)
+
+
+def test_a_program_for_another_runtime_is_told_as_such(copy):
+    message = read_manifest(copy.places)
+    message.target = "coreai"
+    with rewriting(copy.places, message, []):
+        pass
+    with pytest.raises(
+        PippinError, match="its program is for coreai, and this command runs those of Core ML"
+    ):
+        verify_package(request(copy))
 
 
 def test_both_modes_are_needed_to_record(export):
