@@ -181,15 +181,46 @@ def _kill_at(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(Path, "replace", replace)
 
 
-@pytest.mark.parametrize("replaced", [False, True])
-@pytest.mark.parametrize(("write", "told"), [(0, r"polite\.bin"), (1, r"terse\.bin"), (2, MANIFEST)])
+@pytest.mark.parametrize(
+    ("replaced", "write", "told"),
+    [
+        (False, 0, r"polite\.bin"),
+        (False, 1, r"terse\.bin"),
+        (True, 0, r"polite\.bin"),
+        (True, 1, r"terse\.bin"),
+        (True, 2, MANIFEST),
+    ],
+)
 def test_a_full_disk_is_told_and_leaves_what_was(base, tmp_path, monkeypatch, replaced, write, told):
     if replaced:
         add_old(base, tmp_path / "old" / "polite")
-    elif write == 2:
-        pytest.skip("the manifest is then written once, when the adapters lie there")
     given = [make_adapter(tmp_path / name, base.signature) for name in ("polite", "terse")]
-    before, count, write_file = everything(tmp_path), iter(range(100)), manifest.write_file
+    before = everything(tmp_path)
+    _fill_disk_at(monkeypatch, write)
+    with pytest.raises(CheckpointError, match=f"{told} was not written: .*No space left.*Make room"):
+        add_adapters(base.package, given, replace=True)
+    assert everything(tmp_path) == before
+    read_manifest(base.places)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_disk_that_is_full_for_the_last_manifest_leaves_a_true_one(base, tmp_path, monkeypatch, replaced):
+    if replaced:
+        add_old(base, tmp_path / "old" / "polite")
+    adapter = make_adapter(tmp_path / "polite", base.signature)
+    with monkeypatch.context() as patch:
+        _fill_disk_at(patch, 1 + replaced)
+        with pytest.raises(CheckpointError, match=f"{MANIFEST} was not written"):
+            add_adapters(base.package, [adapter], replace=True)
+    assert {file.path for file in read_manifest(base.places).files} == {f"{base.package.name}/program"}
+    add_adapters(base.package, [adapter])
+    read_manifest(base.places)
+    assert set(everything(base.places.folder)) == {MANIFEST, "adapters/polite.bin"}
+
+
+def _fill_disk_at(patch: pytest.MonkeyPatch, write: int) -> None:
+    """Lets the disk take so many files, and of the others half."""
+    count, write_file = iter(range(100)), manifest.write_file
 
     def full(path, data):
         if next(count) < write:
@@ -197,11 +228,7 @@ def test_a_full_disk_is_told_and_leaves_what_was(base, tmp_path, monkeypatch, re
         path.write_bytes(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(manifest, "write_file", full)
-    with pytest.raises(CheckpointError, match=f"{told} was not written: .*No space left.*Make room"):
-        add_adapters(base.package, given, replace=True)
-    assert everything(tmp_path) == before
-    read_manifest(base.places)
+    patch.setattr(manifest, "write_file", full)
 
 
 def test_a_disk_that_does_not_give_a_file_is_told(base, tmp_path, monkeypatch):
