@@ -4,9 +4,8 @@
     python verify_on_mac.py            # beside golden.npz, in the folder X of X.mlpackage; macOS 15 or later
 
 It prints what each compute unit computed, of the model and of each adapter that was recorded, and how long it took; it exits
-with 1 where a unit fails, cannot load the package, or is further off: a logit than --tolerance, or the
-states than tells that both functions share them. This file was written without a Mac, and has been run only against an
-interpreter that stands in for Core ML.
+with 1 where a unit fails, cannot load the package, or is further off than --tolerance, or than states
+may be. This file was written without a Mac, and has been run only against an interpreter that stands in for Core ML.
 """
 
 from __future__ import annotations

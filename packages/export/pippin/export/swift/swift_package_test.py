@@ -143,8 +143,9 @@ def functions(tree: tree_sitter.Tree) -> dict[str, str]:
     found, todo = {}, [tree.root_node]
     while todo:
         node = todo.pop()
-        if node.type == "function_declaration":
-            found[node.child_by_field_name("name").text.decode()] = node.text.decode()
+        name = node.child_by_field_name("name")
+        if node.type == "function_declaration" and name is not None:
+            found[name.text.decode()] = node.text.decode()
         todo += node.children
     return found
 
