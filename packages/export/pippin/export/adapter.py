@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,45 +59,59 @@ def add_adapters(
     from pippin.core import manifest
     from pippin.export.adapter_files import adapter_path, packed_files
     from pippin.export.golden import golden_path
-    from pippin.export.output import MANIFEST, Places, replace_file, rewriting
+    from pippin.export.output import MANIFEST, Places, exclusive, replace_files
     from pippin.v1 import export_pb2 as pb
 
     _require_package(package)
     places = Places.of(package)
-    exported = manifest.read_manifest(places.folder, pb.ExportManifest, MANIFEST)
-    if not exported.HasField("adapter"):
-        raise CheckpointError(
-            f"{package} was exported without room for adapters. Export it again with --adapter-rank, which leaves its weights "
-            "as they are."
-        )
-    layout = exported.adapter
-    files = packed_files(directories, layout, lambda maps: _of_layers(maps, layout, package, model))
-    root = places.package.parent
+    with exclusive(places):
+        exported = manifest.read_manifest(places.folder, pb.ExportManifest, MANIFEST)
+        if not exported.HasField("adapter"):
+            raise CheckpointError(
+                f"{package} was exported without room for adapters. Export it again with --adapter-rank, which leaves its "
+                "weights as they are."
+            )
+        layout = exported.adapter
+        packed = packed_files(directories, layout, lambda maps: _of_layers(maps, layout, package, model))
+        files = {adapter_path(places, name): data for name, data in packed.items()}
+        new = _new_files(files, exported, places.package.parent, replace)
+        if new:
+            # Golden vectors of an adapter that is replaced are of the old one.
+            replace_files(places, exported, new, [golden_path(places, path.stem) for path in new])
+    return "\n".join(
+        f"{path}: {len(data) / 1e6:.1f} MB" if path in new else f"{path} is there already"
+        for path, data in files.items()
+    )
+
+
+def _new_files(
+    files: Mapping[Path, bytes], exported: pb.ExportManifest, root: Path, replace: bool
+) -> dict[Path, bytes]:
+    """Those of the files that are not on the disk and in the manifest as they are; raises where one may not be replaced."""
     listed = {file.path: file.sha256 for file in exported.files}
-    told, new = [], {}
-    for name, data in files.items():
-        path = adapter_path(places, name)
+    new = {}
+    for path, data in files.items():
         there = listed.get(path.relative_to(root).as_posix())
         is_same = there == hashlib.sha256(data).hexdigest()
-        if is_same and path.is_file() and path.read_bytes() == data:
-            told.append(f"{path} is there already")
+        if is_same and _holds(path, data):
             continue
         if there and not is_same and not replace:
             raise CheckpointError(
-                f"{path} is there already, and is another adapter. Give --replace to put {name} in its place, or rename the "
-                "directory of the adapter, from which its name is."
+                f"{path} is there already, and is another adapter. Give --replace to put {path.stem} in its place, or rename "
+                "the directory of the adapter, from which its name is."
             )
         new[path] = data
-        told.append(f"{path}: {len(data) / 1e6:.1f} MB")
-    # Golden vectors of an adapter that is replaced are of the old one.
-    outdated = [golden_path(places, path.stem) for path in new]
-    if new:
-        with rewriting(places, exported, [*new, *outdated]):
-            for path in outdated:
-                path.unlink(missing_ok=True)
-            for path, data in new.items():
-                replace_file(path, data)
-    return "\n".join(told)
+    return new
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether a file is there, with this content."""
+    try:
+        return path.is_file() and path.read_bytes() == data
+    except OSError as e:
+        raise CheckpointError(
+            f"{path} was not read: {e}. Mend the disk or the rights, or remove the file: it is then written again."
+        ) from e
 
 
 def _require_package(package: Path) -> None:

@@ -1,5 +1,6 @@
 """An adapter comes to a package that is there: whole or not at all, and the package stays as it is."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import shutil
@@ -19,7 +20,7 @@ from pippin.export.adapter import add_adapters, main
 from pippin.export.adapter_layout import adapter_layout
 from pippin.export.export_coreml import Options, export_coreml
 from pippin.export.golden import golden_path
-from pippin.export.output import MANIFEST, Places, read_manifest, write_manifest
+from pippin.export.output import MANIFEST, Places, exclusive, read_manifest, rewriting, write_manifest
 from pippin.export.verification import read_adapter
 from pippin.layers import configs as c
 from pippin.layers.adapter import model_signature
@@ -129,6 +130,14 @@ def test_a_file_that_is_damaged_is_written_again(base, tmp_path):
     assert everything(tmp_path) == before
 
 
+def add_old(base: Base, directory: Path) -> None:
+    """Adds an adapter that is to be replaced, with golden vectors."""
+    add_adapters(base.package, [make_adapter(directory, base.signature, scale=3.0)])
+    golden = golden_path(base.places, directory.name)
+    with rewriting(base.places, read_manifest(base.places), [golden]):
+        golden.write_bytes(b"of the old one")
+
+
 class Killed(BaseException):
     """As if the process ended there."""
 
@@ -138,7 +147,7 @@ def test_whenever_it_is_killed_the_export_is_whole_and_a_second_try_mends_it(
     base, tmp_path, monkeypatch, replaced
 ):
     if replaced:
-        add_adapters(base.package, [make_adapter(tmp_path / "old" / "polite", base.signature, scale=3.0)])
+        add_old(base, tmp_path / "old" / "polite")
     given = [make_adapter(tmp_path / name, base.signature) for name in ("polite", "terse")]
     places, steps = base.places, 3 + replaced
     shutil.copytree(places.folder, tmp_path / "before")
@@ -172,17 +181,101 @@ def _kill_at(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(Path, "replace", replace)
 
 
-def test_a_full_disk_is_told_and_leaves_what_was(base, tmp_path, monkeypatch):
-    adapter = make_adapter(tmp_path / "polite", base.signature)
+@pytest.mark.parametrize(
+    ("replaced", "write", "told"),
+    [
+        (False, 0, r"polite\.bin"),
+        (False, 1, r"terse\.bin"),
+        (True, 0, r"polite\.bin"),
+        (True, 1, r"terse\.bin"),
+        (True, 2, MANIFEST),
+    ],
+)
+def test_a_full_disk_is_told_and_leaves_what_was(base, tmp_path, monkeypatch, replaced, write, told):
+    if replaced:
+        add_old(base, tmp_path / "old" / "polite")
+    given = [make_adapter(tmp_path / name, base.signature) for name in ("polite", "terse")]
     before = everything(tmp_path)
+    _fill_disk_at(monkeypatch, write)
+    with pytest.raises(CheckpointError, match=f"{told} was not written: .*No space left.*Make room"):
+        add_adapters(base.package, given, replace=True)
+    assert everything(tmp_path) == before
+    read_manifest(base.places)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_disk_that_is_full_for_the_last_manifest_leaves_a_true_one(base, tmp_path, monkeypatch, replaced):
+    if replaced:
+        add_old(base, tmp_path / "old" / "polite")
+    adapter = make_adapter(tmp_path / "polite", base.signature)
+    with monkeypatch.context() as patch:
+        _fill_disk_at(patch, 1 + replaced)
+        with pytest.raises(CheckpointError, match=f"{MANIFEST} was not written"):
+            add_adapters(base.package, [adapter], replace=True)
+    assert {file.path for file in read_manifest(base.places).files} == {f"{base.package.name}/program"}
+    add_adapters(base.package, [adapter])
+    read_manifest(base.places)
+    assert set(everything(base.places.folder)) == {MANIFEST, "adapters/polite.bin"}
+
+
+def _fill_disk_at(patch: pytest.MonkeyPatch, write: int) -> None:
+    """Lets the disk take so many files, and of the others half."""
+    count, write_file = iter(range(100)), manifest.write_file
 
     def full(path, data):
+        if next(count) < write:
+            return write_file(path, data)
+        path.write_bytes(data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(manifest, "write_file", full)
-    with pytest.raises(CheckpointError, match=r"polite\.bin was not written: .*No space left.*Make room"):
+    patch.setattr(manifest, "write_file", full)
+
+
+def test_a_disk_that_does_not_give_a_file_is_told(base, tmp_path, monkeypatch):
+    adapter = make_adapter(tmp_path / "polite", base.signature)
+    add_adapters(base.package, [adapter])
+
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Path, "read_bytes", lambda p, real=Path.read_bytes: (broken if p.stem == "polite" else real)(p)
+        )
+        with pytest.raises(
+            CheckpointError, match=r"polite\.bin was not read: .*Input/output.* remove the file"
+        ):
+            add_adapters(base.package, [adapter])
+    (base.places.folder / "adapters" / "polite.bin").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "file_sha256", broken)
+        with pytest.raises(CheckpointError, match=r"polite\.bin was not read again: .*mend the disk"):
+            add_adapters(base.package, [adapter])
+    shutil.rmtree(base.places.folder)
+    with pytest.raises(CheckpointError, match=r"x was not opened: .*Put it beside x\."):
         add_adapters(base.package, [adapter])
-    assert everything(tmp_path) == before
+
+
+def test_one_that_is_added_meanwhile_waits_and_both_are_listed(base, tmp_path):
+    adapters = [make_adapter(tmp_path / name, base.signature) for name in ("polite", "terse", "formal")]
+    add_adapters(base.package, adapters[:1])
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        with exclusive(base.places):
+            added = [threads.submit(add_adapters, base.package, [adapter]) for adapter in adapters[1:]]
+            assert not concurrent.futures.wait(added, timeout=0.5).done
+        assert all("bin: " in one.result() for one in added)
+    assert {file.path for file in read_manifest(base.places).files} >= {
+        f"x/adapters/{adapter.name}.bin" for adapter in adapters
+    }
+
+
+def test_what_was_listed_since_the_manifest_was_read_stays_listed(base, tmp_path):
+    stale = read_manifest(base.places)
+    add_adapters(base.package, [make_adapter(tmp_path / "polite", base.signature)])
+    with rewriting(base.places, stale, [golden_path(base.places)]):
+        golden_path(base.places).write_bytes(b"vectors")
+    listed = {file.path for file in read_manifest(base.places).files}
+    assert {"x/adapters/polite.bin", "x/golden.npz"} <= listed
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pippin.core import manifest
@@ -121,11 +122,34 @@ def write_manifest(places: Places, message: pb.ExportManifest) -> None:
 
 
 @contextlib.contextmanager
+def exclusive(places: Places) -> Iterator[None]:
+    """A block in which this process alone changes an export: others that would do so wait until it ends.
+
+    On a file system without locks, they do not wait.
+
+    Raises:
+        CheckpointError: there is no folder beside the package.
+    """
+    try:
+        folder = os.open(places.folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as e:
+        raise CheckpointError(
+            f"{places.folder} was not opened: {e}. Put it beside {places.package.name}, with which it was written."
+        ) from e
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)  # which unlocks it, as the end of the process does
+
+
+@contextlib.contextmanager
 def rewriting(places: Places, message: pb.ExportManifest, paths: Iterable[Path]) -> Iterator[None]:
     """Files of an export that are written, written again or removed in the block, and its manifest to match.
 
     Until the block ends, the manifest says nothing of them: whatever happens meanwhile, it is true, and the block can
-    run again.
+    run again. It is exclusive; what others listed since the manifest was read stays listed.
 
     Args:
         places: of the export.
@@ -133,16 +157,49 @@ def rewriting(places: Places, message: pb.ExportManifest, paths: Iterable[Path])
         paths: of the files.
 
     Raises:
-        CheckpointError: the disk does not take the manifest.
+        CheckpointError: the disk does not take the manifest, or does not give the files.
     """
-    root, paths = places.package.parent, tuple(paths)
-    names = {path.relative_to(root).as_posix() for path in paths}
-    others = [file for file in message.files if file.path not in names]
-    if len(others) < len(message.files):
-        _replace_manifest(places, message, others)
-    yield
-    new = [manifest.describe_file(root, path) for path in paths if path.is_file()]
-    _replace_manifest(places, message, sorted([*others, *new], key=lambda file: file.path))
+    with exclusive(places):
+        there = manifest.read_manifest(places.folder, pb.ExportManifest, MANIFEST)
+        del message.files[:]
+        message.files.extend(there.files)
+        with _unlisted(places, message, paths):
+            yield
+
+
+def replace_files(
+    places: Places, message: pb.ExportManifest, files: Mapping[Path, bytes], outdated: Iterable[Path]
+) -> None:
+    """Writes files of an export and lists them, once the disk has room for all: before that, nothing is changed.
+
+    Args:
+        places: of the export, in a block in which it is `exclusive`.
+        message: its manifest, as it is on the disk; it is written anew.
+        files: their contents by their paths.
+        outdated: files that are then no longer true, and are removed.
+
+    Raises:
+        CheckpointError: the disk does not take a file or the manifest.
+    """
+    outdated = tuple(outdated)
+    drafts = {path: _draft(path) for path in files}
+    try:
+        for path, data in files.items():
+            with _disk_takes(path):
+                path.parent.mkdir(exist_ok=True)
+                manifest.write_file(drafts[path], data)
+        with _unlisted(places, message, [*files, *outdated]):
+            for path, draft in drafts.items():
+                with _disk_takes(path):
+                    draft.replace(path)
+                    manifest.sync(path.parent)
+            for path in outdated:
+                with _disk_takes(path, "removed"):
+                    path.unlink(missing_ok=True)
+    except CheckpointError:
+        for draft in drafts.values():
+            _discard(draft)
+        raise
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -151,16 +208,50 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises:
         CheckpointError: the disk does not take it.
     """
-    # A draft that is left behind is written over by whoever tries again.
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
+    draft = _draft(path)
+    with _disk_takes(path, draft=draft):
         path.parent.mkdir(exist_ok=True)
         manifest.write_file(draft, data)
         draft.replace(path)
         manifest.sync(path.parent)
-    except OSError as e:
+
+
+def _draft(path: Path) -> Path:
+    """Where a file is written before it takes its name. One that is left behind is written over by whoever tries again."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _discard(draft: Path) -> None:
+    with contextlib.suppress(OSError):  # the error that led here is the one to tell
         draft.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} was not written: {e}. Make room or mend the disk.") from e
+
+
+@contextlib.contextmanager
+def _disk_takes(path: Path, done: str = "written", draft: Path | None = None) -> Iterator[None]:
+    """A block whose OSErrors say that a file was not written, and leave no draft of it."""
+    try:
+        yield
+    except OSError as e:
+        if draft is not None:
+            _discard(draft)
+        raise CheckpointError(f"{path} was not {done}: {e}. Make room or mend the disk.") from e
+
+
+@contextlib.contextmanager
+def _unlisted(places: Places, message: pb.ExportManifest, paths: Iterable[Path]) -> Iterator[None]:
+    """A block in which the manifest on the disk says nothing of files; behind it, it says what they are."""
+    root, paths = places.package.parent, tuple(paths)
+    names = {path.relative_to(root).as_posix() for path in paths}
+    others = [file for file in message.files if file.path not in names]
+    if len(others) < len(message.files):
+        _replace_manifest(places, message, others)
+    yield
+    new = []
+    for path in paths:
+        with _disk_takes(path, "read again"):
+            if path.is_file():
+                new.append(manifest.describe_file(root, path))
+    _replace_manifest(places, message, sorted([*others, *new], key=lambda file: file.path))
 
 
 def _replace_manifest(
@@ -169,13 +260,12 @@ def _replace_manifest(
     files = list(files)
     del message.files[:]
     message.files.extend(files)
-    draft, path = f".{MANIFEST}.tmp", places.folder / MANIFEST
-    try:
-        manifest.write_manifest(places.folder, message, draft)
-        (places.folder / draft).replace(path)
+    path = places.folder / MANIFEST
+    draft = _draft(path)
+    with _disk_takes(path, draft=draft):
+        manifest.write_manifest(places.folder, message, draft.name)
+        draft.replace(path)
         manifest.sync(places.folder)
-    except OSError as e:
-        raise CheckpointError(f"{path} was not written: {e}. Make room or mend the disk.") from e
 
 
 def read_manifest(places: Places) -> pb.ExportManifest:

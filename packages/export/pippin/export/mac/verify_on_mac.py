@@ -4,7 +4,8 @@
     python verify_on_mac.py            # beside golden.npz, in the folder X of X.mlpackage; macOS 15 or later
 
 It prints what each compute unit computed, of the model and of each adapter that was recorded, and how long it took; it exits
-with 1 where a unit fails, cannot load the package, or is further off than --tolerance. This file was written without a Mac, and has been run only against an interpreter that stands in for Core ML.
+with 1 where a unit fails, cannot load the package, or is further off than --tolerance, or than states
+may be. This file was written without a Mac, and has been run only against an interpreter that stands in for Core ML.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +25,10 @@ import numpy as np
 # units of the last place of float16 at the largest logit, or by 2e-2 where logits are small.
 UNITS_OF_LAST_PLACE = 8
 LEAST_TOLERANCE = 2e-2
+# Of the sum of magnitudes of a state: as if each of its numbers were off by as many units as a logit may be, all the same
+# way. Rounding mostly cancels (4e-5 in float16 of a tiny model, all told); states that the functions do not share lack
+# what one of them wrote (5e-3 there without the last 3 tokens of 27, 0.9 without the prompt).
+STATE_TOLERANCE = UNITS_OF_LAST_PLACE * 2.0**-11
 UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")
 PREFILL, DECODE = "prefill", "decode"
 ADAPTER_HEADER_BYTES = 64  # of the file of an adapter: whose it is
@@ -68,16 +74,36 @@ class Latency:
 
 
 def recording(path: Path, adapters: Path) -> dict[str, np.ndarray]:
-    """What was recorded in a file, with the numbers of its adapter as the package takes them."""
-    with np.load(path, allow_pickle=False) as file:
-        golden = dict(file)
+    """What was recorded in a file, with the numbers of its adapter as the package takes them.
+
+    Raises:
+        ValueError: it is no recording, or the file of its adapter is absent or another.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            golden = dict(arrays)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as e:
+        raise ValueError(
+            f"{path} is no recording: {e}. Record it again with pippin's `verify --record`"
+        ) from e
     golden["adapter_values"] = np.zeros(int(golden["adapter"][0]), np.float16)
     if name := adapter_of(golden):
-        values = np.frombuffer((adapters / f"{name}.bin").read_bytes(), "<f2", offset=ADAPTER_HEADER_BYTES)
-        if values.shape != golden["adapter_values"].shape:
-            raise ValueError(f"{name}.bin has {values.size} numbers; {path.name} was recorded with another")
-        golden["adapter_values"] = values
+        golden["adapter_values"] = adapter_values(
+            adapters / f"{name}.bin", golden["adapter_values"].size, path
+        )
     return golden
+
+
+def adapter_values(file: Path, count: int, recorded: Path) -> np.ndarray:
+    """The numbers of an adapter that something was recorded with; raises ValueError if the file is not the same."""
+    remedy = f"Put back the adapter that {recorded.name} was recorded with, or remove {recorded.name}"
+    try:
+        data = file.read_bytes()
+    except OSError as e:
+        raise ValueError(f"{file} cannot be read: {e.strerror}. {remedy}") from e
+    if len(data) != (expected := ADAPTER_HEADER_BYTES + 2 * count):
+        raise ValueError(f"{file} has {len(data)} bytes, not {expected}. {remedy}")
+    return np.frombuffer(data, "<f2", offset=ADAPTER_HEADER_BYTES)
 
 
 def adapter_of(golden: Mapping[str, np.ndarray]) -> str:
@@ -142,7 +168,8 @@ def state_error(golden: Mapping[str, np.ndarray], state: Any) -> float:
     worst = 0.0
     for name, want in zip(golden["states"], golden["state_magnitudes"], strict=True):
         total = float(np.abs(np.asarray(state.read_state(str(name)), np.float64)).sum())
-        worst = max(worst, abs(total - float(want)) / max(float(want), 1e-9))
+        error = abs(total - float(want)) / max(float(want), 1e-9)
+        worst = max(worst, float("inf") if np.isnan(error) else error)
     return worst
 
 
@@ -204,7 +231,12 @@ def aligned(rows: Sequence[tuple[str, ...]]) -> str:
 
 def passed(result: Result, tolerance: float) -> bool:
     """Whether a compute unit computes the model."""
-    return not result.problem and result.max_error < tolerance and result.tokens_equal == result.calls
+    return (
+        not result.problem
+        and result.max_error < tolerance
+        and result.tokens_equal == result.calls
+        and result.state_error < STATE_TOLERANCE  # not where it is no number
+    )
 
 
 def coreml_loader(package: Path) -> Loader:
@@ -242,7 +274,12 @@ def main(argv: list[str] | None = None, load: Loader | None = None) -> int:
     paths = args.golden or [*folder.glob("golden.npz"), *sorted(folder.glob("golden_*.npz"))]
     if not paths:
         parser.error(f"{folder} has no golden.npz: pippin's `verify --record` writes it")
-    recordings = [recording(path, args.adapters) for path in paths]
+    if args.repeats < 1:
+        parser.error(f"--repeats is {args.repeats}; give how many calls are timed, 1 or more")
+    try:
+        recordings = [recording(path, args.adapters) for path in paths]
+    except ValueError as e:
+        parser.error(str(e))
     tolerance = default_tolerance(recordings) if args.tolerance is None else args.tolerance
     load = load or coreml_loader(args.package)
     results: list[Result] = []
@@ -256,7 +293,7 @@ def main(argv: list[str] | None = None, load: Loader | None = None) -> int:
         1
     ]
     print(result_table(results, tolerance))
-    print(f"a logit may be off by {tolerance:.3g}")
+    print(f"a logit may be off by {tolerance:.3g}, the sum of a state by {STATE_TOLERANCE:.1e} of it")
     if latencies:
         print()
         print(latency_table(latencies, prefill))

@@ -1,6 +1,8 @@
 """The check for a Mac, against an interpreter that stands in for Core ML: nothing here has seen a Mac."""
 
 import ast
+import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -121,11 +123,72 @@ def test_an_adapter_is_checked_beside_the_bare_model(adapted, tmp_path, capsys):
     assert not mac.passed(only(wrong, loader(adapted, Mode.FLOAT16), "ALL"), 2e-2)
 
 
-def test_another_adapter_of_the_name_is_told(adapted, tmp_path):
-    recorded(adapted, tmp_path / "golden_polite.npz", "polite")
-    (tmp_path / "polite.bin").write_bytes(bytes(64 + 6))
-    with pytest.raises(ValueError, match=r"polite\.bin has 3 numbers; golden_polite\.npz was recorded with"):
-        mac.recording(tmp_path / "golden_polite.npz", tmp_path)
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (bytes(64 + 6), r"polite\.bin has 70 bytes, not \d+\. "),
+        (b"?", "has 1 bytes"),
+        (None, "cannot be read: No such"),
+    ],
+)
+def test_an_adapter_that_is_gone_or_another_is_told(adapted, tmp_path, capsys, data, told):
+    np.savez(
+        tmp_path / "golden_polite.npz", adapter=np.array([8], np.int32), adapter_name=np.array(["polite"])
+    )
+    if data is not None:
+        (tmp_path / "polite.bin").write_bytes(data)
+    given = ["--golden", str(tmp_path / "golden_polite.npz"), "--adapters", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        mac.main(given, loader(adapted, Mode.EXACT))
+    remedy = r"Put back the adapter that golden_polite\.npz was recorded with, or remove golden_polite\.npz"
+    assert re.search(f"{told}.*{remedy}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("data", [b"", b"?", b"PK\x03\x04", None])
+def test_a_file_that_is_no_recording_is_told(export, tmp_path, capsys, data):
+    if data is not None:
+        (tmp_path / "golden.npz").write_bytes(data)
+    with pytest.raises(SystemExit):
+        mac.main(["--golden", str(tmp_path / "golden.npz")], loader(export, Mode.EXACT))
+    assert re.search(r"golden\.npz is no recording: .*Record it again", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("repeats", ["0", "-3"])
+def test_no_repeats_are_refused(export, golden, tmp_path, capsys, repeats):
+    np.savez(tmp_path / "golden.npz", **golden)
+    with pytest.raises(SystemExit):
+        mac.main(
+            ["--golden", str(tmp_path / "golden.npz"), f"--repeats={repeats}"], loader(export, Mode.EXACT)
+        )
+    assert f"--repeats is {repeats}; give how many calls are timed, 1 or more" in capsys.readouterr().err
+
+
+class Apart(StandInModel):
+    """A function that keeps a state of its own, whichever it is given."""
+
+    def predict(self, data, state=None):
+        self.own = getattr(self, "own", None) or self.make_state()
+        return super().predict(data, self.own)
+
+
+@pytest.mark.parametrize("alone", ["prefill", "decode"])
+def test_states_that_the_functions_do_not_share_are_seen(export, golden, alone):
+    program = load_program(export.places.package)
+
+    def load(function, unit):
+        return (Apart if function == alone else StandInModel)(Interpreter(program, Mode.FLOAT16), function)
+
+    result = only(golden, load, "ALL")
+    assert result.state_error > mac.STATE_TOLERANCE
+    right = only(golden, loader(export, Mode.FLOAT16), "ALL")
+    assert mac.passed(right, 2e-2) and right.state_error < mac.STATE_TOLERANCE / 10
+    for error in (result.state_error, float("nan"), float("inf")):
+        assert not mac.passed(dataclasses.replace(right, state_error=error), 2e-2)
+
+
+def test_a_state_that_is_no_number_is_no_small_error(golden):
+    arrays = {str(name): np.full((2, 2), np.nan, np.float16) for name in golden["states"]}
+    assert mac.state_error(golden, StandInState(arrays)) == float("inf")
 
 
 def test_a_unit_that_is_wrong_and_one_that_breaks_are_told(export, golden, tmp_path, capsys):

@@ -135,7 +135,45 @@ def test_logits_that_are_no_numbers_are_an_error(written):
     code = (written / "Sources/PippinModel/LanguageModel.swift").read_text()
     guard = code.index("guard next.allSatisfy({ $0.isFinite })")
     assert "throw LanguageModelError.logitsAreNoNumbers" in code[guard : guard + 160]
-    assert guard < code.index("position += tokens.count")
+    assert guard < code.index("self.tokens += tokens")
+
+
+def functions(tree: tree_sitter.Tree) -> dict[str, str]:
+    """The sources of the functions of a source, by their names."""
+    found, todo = {}, [tree.root_node]
+    while todo:
+        node = todo.pop()
+        name = node.child_by_field_name("name")
+        if node.type == "function_declaration" and name is not None:
+            found[name.text.decode()] = node.text.decode()
+        todo += node.children
+    return found
+
+
+def test_only_the_model_knows_what_its_caches_hold(written):
+    """A conversation with a record of its own would not hear of `reset` and `use`, and would go back to where nothing is."""
+    sources = written / "Sources"
+    model = functions(parse((sources / "PippinModel/LanguageModel.swift").read_text()))
+    assert "tokens = []" in model["reset"] and "reset()" in model["use"]
+    assert "tokens.removeLast(position - length)" in model["rewind"]
+    chat = (sources / "PippinChat/Chat.swift").read_text()
+    reply = functions(parse(chat))["reply"]
+    assert "zip(model.tokens, prompt)" in reply and "known" not in chat
+    assert reply.index("max(0, min(same, prompt.count - 1))") < reply.index("model.rewind(to: kept)")
+
+
+def test_an_answer_waits_for_the_one_before_and_changes_the_conversation_when_it_has_ended(written):
+    answer = functions(parse((written / "Sources/PippinChat/Chat.swift").read_text()))["answer"]
+    order = [
+        "await before?.value",
+        "var said = self.messages",
+        "try await self.reply(",
+        "self.messages = said",
+        "} catch {",
+        "self.running = task",
+    ]
+    assert sorted(order, key=answer.index) == order
+    assert answer.count("messages") == 2  # it is changed in one place
 
 
 @pytest.mark.parametrize(("template", "told"), [(None, "none: `--chat`"), ("{{ messages }}", "the model's")])

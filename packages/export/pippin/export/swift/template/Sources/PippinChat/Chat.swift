@@ -16,14 +16,15 @@ public enum ChatError: Error, CustomStringConvertible {
 /// A conversation, by the chat template among the tokenizer's files.
 ///
 /// The model keeps what it has read. Of each question it reads what is new: the answer before as the template writes it, and
-/// the question. One answer at a time; the model is used for nothing else meanwhile.
+/// the question. While it answers, the model is used for nothing else; between answers it may be: the next one reads again
+/// what the model no longer holds.
 public final class Chat {
-    /// What was said, by "role" and "content".
+    /// What was said, up to the last answer that ended, by "role" and "content".
     public private(set) var messages: [Message] = []
 
     private let model: LanguageModel
     private let tokenizer: any Tokenizer
-    private var known: [Int] = []  // the tokens that the model's caches hold
+    private var running: Task<Void, Never>?  // the last answer
 
     /// - Parameters:
     ///   - model: of which the conversation makes a new text.
@@ -39,39 +40,59 @@ public final class Chat {
         model.reset()
     }
 
-    /// The answer to a question, in pieces as they come. It belongs to the conversation once it has ended.
+    /// The answer to a question, in pieces as they come. Both belong to the conversation once it has ended.
+    ///
+    /// One that is stopped early belongs to it as far as it came; one that fails leaves the conversation as it was. An answer
+    /// waits until the one before has left the model.
     public func answer(
         to question: String,
         sampler: Sampler = Sampler(temperature: 0.7, topP: 0.95),
         maxTokens: Int = 256
-    ) throws -> AsyncThrowingStream<String, Error> {
-        messages.append(["role": "user", "content": question])
-        let prompt = try tokenizer.applyChatTemplate(messages: messages)
-        // One token at least is read, so that there are logits.
-        let kept = min(zip(known, prompt).prefix { $0 == $1 }.count, prompt.count - 1)
-        model.rewind(to: kept)
-        return AsyncThrowingStream { stream in
-            let task = Task {
-                var tokens: [Int] = []
-                var answer = TextOfTokens(tokenizer: self.tokenizer)
-                defer { self.known = Array((prompt + tokens).prefix(self.model.position)) }
+    ) -> AsyncThrowingStream<String, Error> {
+        AsyncThrowingStream { stream in
+            let before = self.running
+            let task = Task<Void, Never> {
+                await before?.value
+                guard !Task.isCancelled else { return stream.finish() }
+                var said = self.messages
+                said.append(["role": "user", "content": question])
                 do {
-                    let continuation = self.model.continuation(
-                        of: Array(prompt.dropFirst(kept)), sampler: sampler, maxTokens: maxTokens)
-                    for try await token in continuation {
-                        tokens.append(token)
-                        let piece = answer.add(token)
-                        if !piece.isEmpty {
-                            stream.yield(piece)
-                        }
+                    let text = try await self.reply(to: said, sampler: sampler, maxTokens: maxTokens) { piece in
+                        stream.yield(piece)
                     }
-                    self.messages.append(["role": "assistant", "content": answer.text])
+                    said.append(["role": "assistant", "content": text])
+                    self.messages = said
                     stream.finish()
                 } catch {
                     stream.finish(throwing: error)
                 }
             }
+            self.running = task
             stream.onTermination = { _ in task.cancel() }
         }
+    }
+
+    /// The text that follows messages, which `each` is given in pieces.
+    private func reply(
+        to asked: [Message], sampler: Sampler, maxTokens: Int, each: (String) -> Void
+    ) async throws -> String {
+        let prompt = try tokenizer.applyChatTemplate(messages: asked)
+        // One token at least is read, so that there are logits.
+        let same = zip(model.tokens, prompt).prefix { $0 == $1 }.count
+        let kept = max(0, min(same, prompt.count - 1))
+        model.rewind(to: kept)
+        var answer = TextOfTokens(tokenizer: tokenizer)
+        do {
+            try await model.generate(from: Array(prompt.dropFirst(kept)), sampler: sampler, maxTokens: maxTokens) { token in
+                let piece = answer.add(token)
+                if !piece.isEmpty {
+                    each(piece)
+                }
+            }
+        } catch {
+            // A prediction that was stopped may fail.
+            guard Task.isCancelled else { throw error }
+        }
+        return answer.text
     }
 }

@@ -31,8 +31,11 @@ public enum LanguageModelError: Error, CustomStringConvertible {
 ///
 /// Not safe to use from two tasks at once: a state serves one prediction at a time.
 public final class LanguageModel {
+    /// The text: what the caches hold.
+    public private(set) var tokens: [Int] = []
+
     /// How many tokens the text has.
-    public private(set) var position = 0
+    public var position: Int { tokens.count }
 
     private let prefill: MLModel
     private let decode: MLModel
@@ -81,13 +84,13 @@ public final class LanguageModel {
     /// Forgets the text.
     public func reset() {
         state = decode.makeState()
-        position = 0
+        tokens = []
     }
 
     /// Forgets the text behind its first tokens. What the caches hold of it is masked, and is written over.
     public func rewind(to length: Int) {
         precondition(length >= 0 && length <= position, "a text is only made shorter")
-        position = length
+        tokens.removeLast(position - length)
     }
 
     /// Reads tokens behind the text, and gives the logits of the one that comes next: all of them are finite.
@@ -135,7 +138,7 @@ public final class LanguageModel {
         guard next.allSatisfy({ $0.isFinite }) else {
             throw LanguageModelError.logitsAreNoNumbers(position: position + tokens.count - 1)
         }
-        position += tokens.count
+        self.tokens += tokens
         return next
     }
 
