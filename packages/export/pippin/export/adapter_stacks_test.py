@@ -8,10 +8,9 @@ from pippin.core.adapter import LowRank
 from pippin.core.config import Config
 from pippin.core.module import flatten_params, parameter_infos, unflatten_params
 from pippin.export.adapter_stacks import maps_by_layer
-from pippin.export.lower_testing import TINY
+from pippin.export.lower_testing import SHARED_KEYS, TINY
 from pippin.layers import configs as c
 from pippin.layers.adapter import unrolled_maps
-from pippin.layers.models.afm_on_device_2025 import afm_on_device_2025
 from pippin.layers.unrolled import unrolled_config
 
 _LAYER = TINY.decoder.layer  # type: ignore[attr-defined]
@@ -30,16 +29,7 @@ _MODELS = {
     "a sequence in a stack": TINY.set(
         decoder=c.RepeatConfig(layer=c.SequenceConfig(layers=(_LAYER, _LAYER)), num_layers=2)
     ),
-    "shared keys": afm_on_device_2025(
-        vocab_size=96,
-        dim=64,
-        num_layers=3,
-        num_readers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        hidden_dim=96,
-    ),
+    "shared keys": SHARED_KEYS,
 }
 
 

@@ -47,13 +47,13 @@ class _CoreML(Target):
         self, package: Path, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
     ) -> list[Measured]:
         from pippin.export.measure import parity  # it takes JAX
-        from pippin.export.verification import PUBLISHED_UNITS, bound
+        from pippin.export.verification import PUBLISHED_UNITS, RUNTIME, bound
 
         found = parity(package, source.bundle, options.verify_steps, progress)
         told = pb.ExportParity(
             max_logit_error=found.max_error,
             tokens_equal=found.tokens_equal,
             decode_steps=found.steps,
-            runtime="pippin.export.mil",
+            runtime=RUNTIME,
         )
         return [Measured(told, bound(found.max_logit, PUBLISHED_UNITS))]

@@ -13,7 +13,6 @@ from pippin.export import lower_testing as t
 from pippin.export.coreai_testing import run
 from pippin.export.lower_coreai import lower_coreai
 from pippin.layers import configs as c
-from pippin.layers.models.afm_on_device_2025 import afm_on_device_2025
 from pippin.layers.models.llama import with_qk_norm
 
 # In float32, keys and values, tables of angles and logits are rounded to float16 all the same; logits are about 5.
@@ -44,16 +43,7 @@ _MODELS = {
     "slower rotations": _changed(position=c.RoPEConfig(scaling=c.Llama3ScalingConfig(original_context=16))),
     "no positions, capped attention": _changed(position=c.NoPEConfig(), soft_cap=2.0),
     "alibi, sinks": _changed(position=c.ALiBiConfig(), sinks=True),
-    "shared keys": afm_on_device_2025(
-        vocab_size=96,
-        dim=64,
-        num_layers=3,
-        num_readers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        hidden_dim=96,
-    ),
+    "shared keys": t.SHARED_KEYS,
 }
 
 

@@ -12,7 +12,6 @@ from pippin.export import lower_testing as t
 from pippin.export.lower import Sizes, lower
 from pippin.export.mil.spec import load_program
 from pippin.layers import configs as c
-from pippin.layers.models.afm_on_device_2025 import afm_on_device_2025
 from pippin.layers.models.llama import with_qk_norm
 
 # Keys and values are float16 between calls, and so are the tables of angles; logits are about 5.
@@ -48,16 +47,7 @@ MODELS = {
     "gelu": override(t.TINY, {"decoder.layer.feed_forward.activation": c.Activation.GELU}),
     "relu": override(t.TINY, {"decoder.layer.feed_forward.activation": c.Activation.RELU}),
     "one layer": override(t.TINY, {"decoder.num_layers": 1}),
-    "shared keys": afm_on_device_2025(
-        vocab_size=96,
-        dim=64,
-        num_layers=3,
-        num_readers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        hidden_dim=96,
-    ),
+    "shared keys": t.SHARED_KEYS,
     "a mixed sequence": t.TINY.set(
         decoder=c.SequenceConfig(
             layers=(

@@ -20,6 +20,7 @@ from pippin.export.mil.spec import load_program
 from pippin.export.output import Places
 from pippin.export.package import write_package
 from pippin.layers.causal_lm_config import CausalLMConfig
+from pippin.layers.models.afm_on_device_2025 import afm_on_device_2025
 from pippin.layers.models.llama import llama
 from pippin.layers.position_config import RoPEConfig
 from pippin.layers.unrolled import unrolled
@@ -36,6 +37,18 @@ TINY = llama(
     hidden_dim=96,
     tied=True,
     position=RoPEConfig(theta=10_000.0),
+)
+
+# Layers of which some read the keys and values of others.
+SHARED_KEYS = afm_on_device_2025(
+    vocab_size=96,
+    dim=64,
+    num_layers=3,
+    num_readers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    hidden_dim=96,
 )
 
 

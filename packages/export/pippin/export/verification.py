@@ -20,6 +20,8 @@ from pippin.export.output import Places
 from pippin.export.package_runner import PackageRunner, sizes
 from pippin.v1 import export_pb2 as pb
 
+RUNTIME = "pippin.export.mil"  # as manifests call who ran a package here
+
 # Without rounding between operations there are left: angles and caches that are stored as float16, and a reference
 # that sums in float32. On SmolLM2-135M that comes to 1.5e-2.
 # That grows with the logits, as their own last place does.

@@ -21,6 +21,7 @@ from pippin.export.output import Places, read_manifest
 from pippin.export.package_runner import sizes
 from pippin.export.program_sizes import prompt_length
 from pippin.export.verification import (
+    RUNTIME,
     Check,
     check_bytes,
     check_files,
@@ -35,8 +36,6 @@ from pippin.export.verification import (
 from pippin.layers.model_files import open_model
 from pippin.layers.named_models import find_model
 from pippin.v1 import export_pb2 as pb
-
-RUNTIME = "pippin.export.mil"
 
 
 @dataclasses.dataclass(frozen=True)
