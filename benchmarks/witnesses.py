@@ -3,7 +3,7 @@
 They read a prompt and the greedy tokens that Core AI writes behind it. Where two that know nothing of each other agree, what
 was lowered is right in both.
 
-    bazel run //packages/export:coreml -- --model smollm2-135m-instruct --recipe palettize_4bit --out S.mlpackage
+    bazel run //packages/export:coreml -- --model smollm2-135m-instruct --out S.mlpackage
     bazel run //packages/export:coreai -- --model S/compressed --precision float32 --out SAI.aimodel
     bazel run //benchmarks:witnesses -- --model S/compressed --mlpackage S.mlpackage --aimodel SAI.aimodel
 """

@@ -18,6 +18,7 @@ from pippin.export import lower_testing as t
 from pippin.export import verify
 from pippin.export.adapter import add_adapters, main
 from pippin.export.adapter_layout import adapter_layout
+from pippin.export.compress.recipes import NO_RECIPE
 from pippin.export.export_coreml import Options, export_coreml
 from pippin.export.golden import golden_path
 from pippin.export.output import MANIFEST, Places, exclusive, read_manifest, rewriting, write_manifest
@@ -79,7 +80,7 @@ def everything(folder: Path) -> dict[str, str]:
 def test_it_is_what_an_export_with_the_adapter_writes(model, tmp_path, capsys):
     bundle = save_bundle(tmp_path / "base", model.cfg, model.params)
     adapter = make_adapter(tmp_path / "polite", model_signature(model.params), scale=0.1)
-    options = Options(t.SIZES.context_length, t.SIZES.prefill_length, adapter_rank=4)
+    options = Options(t.SIZES.context_length, t.SIZES.prefill_length, adapter_rank=4, recipe=NO_RECIPE)
     with_it, later = tmp_path / "with.mlpackage", tmp_path / "later.mlpackage"
     export_coreml(bundle, with_it, dataclasses.replace(options, adapters=(adapter,)))
     export_coreml(bundle, later, options)

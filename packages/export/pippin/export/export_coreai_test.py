@@ -12,6 +12,7 @@ from pippin.core.bundle import save_bundle
 from pippin.core.errors import CheckpointError
 from pippin.export import coreai, coreml
 from pippin.export import lower_testing as t
+from pippin.export.compress.recipes import NO_RECIPE
 from pippin.export.coreai_emitter import Emitter
 from pippin.export.coreai_runtime import CoreAIModel
 from pippin.export.coreai_testing import run
@@ -29,7 +30,8 @@ from pippin.layers.model_files import open_model
 TOLERANCE = 1.2e-2
 
 _SIZES = ["--context", "64", "--prefill", "24"]
-_QUICK = [*_SIZES, "--precision", "float32"]
+_PLAIN = [*_SIZES, "--recipe", NO_RECIPE]
+_QUICK = [*_PLAIN, "--precision", "float32"]
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_the_command_writes_a_program_with_all_that_goes_with_it(
 def test_a_program_in_float16_is_held_against_its_model_too(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert coreai.main(_command(bundle, tmp_path / "x.aimodel", *_SIZES)) == 0
+    assert coreai.main(_command(bundle, tmp_path / "x.aimodel", *_PLAIN)) == 0
     assert re.search(r"by coreai, in float32 .*\n.*equal +8 of 8", capsys.readouterr().out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny", "x", "x.aimodel"]
     assert sorted(path.name for path in (tmp_path / "x").iterdir()) == [
@@ -96,7 +98,7 @@ def test_a_program_that_is_not_its_model_is_not_left_behind(
     monkeypatch.setattr(
         Emitter, "number", lambda self, value: number(self, -10 * value)
     )  # logits of attention
-    given = _command(bundle, tmp_path / "x.aimodel", *_SIZES, "--precision", precision)
+    given = _command(bundle, tmp_path / "x.aimodel", *_PLAIN, "--precision", precision)
     assert coreai.main(given) == 2
     assert re.search(
         r"does not compute what tiny does \(coreai.*\): the largest error of a logit is",
@@ -136,14 +138,16 @@ def test_an_adapter_is_an_input_of_the_program(tmp_path: Path, capsys: pytest.Ca
     zeros, _ = run(tmp_path / "x.aimodel", tokens, prompt=26, adapter=np.zeros_like(flat))
     np.testing.assert_array_equal(zeros, without)
     # A program that has no room computes the same as one without an adapter.
-    export_coreai(bundle, tmp_path / "y.aimodel", CoreAIOptions(64, 24, precision="float32"))
+    export_coreai(
+        bundle, tmp_path / "y.aimodel", CoreAIOptions(64, 24, recipe=NO_RECIPE, precision="float32")
+    )
     bare, _ = run(tmp_path / "y.aimodel", tokens, prompt=26)
     np.testing.assert_allclose(bare, without, rtol=0, atol=TOLERANCE)
     with CoreAIModel(tmp_path / "y.aimodel") as program, pytest.raises(CheckpointError, match="takes 0"):
         program.use_adapter(flat)
     # Core ML's package has the same input: a file of one is a file of the other.
     out = tmp_path / "z.mlpackage"
-    assert coreml.main(_command(bundle, out, *_SIZES, *given)) == 0
+    assert coreml.main(_command(bundle, out, *_PLAIN, *given)) == 0
     assert (tmp_path / "z" / "adapters" / "polite.bin").read_bytes() == (
         tmp_path / "x" / "adapters" / "polite.bin"
     ).read_bytes()
@@ -160,7 +164,7 @@ def test_an_adapter_in_float16_is_added_too(tmp_path: Path) -> None:
     path = "decoder.layer.feed_forward.up_proj"
     adapter = save_adapter(tmp_path / "a", {path: pair}, signature)
     out = tmp_path / "x.aimodel"
-    export_coreai(bundle, out, CoreAIOptions(64, 24, adapters=(adapter,)))
+    export_coreai(bundle, out, CoreAIOptions(64, 24, adapters=(adapter,), recipe=NO_RECIPE))
     layout = read_manifest(Places.of(out)).adapter
     assert layout.rank == 3  # the adapter's
     flat = read_adapter(tmp_path / "x" / "adapters" / "a.bin", layout)
@@ -180,8 +184,8 @@ def test_a_recipe_compresses_and_both_of_apples_programs_compute_the_same(
 ) -> None:
     """Two programs of the same compressed weights: one by Apple's kernels, one by an interpreter of the saved package."""
     model, out = save_tiny(tmp_path / "tiny"), tmp_path / "x.aimodel"
-    given = ["--recipe", "palettize_4bit", "--perplexity-tokens", "0"]
-    assert coreai.main(_command(model, out, *_QUICK, *given)) == 0
+    given = ["--precision", "float32", "--perplexity-tokens", "0"]  # and no recipe: the default one
+    assert coreai.main(_command(model, out, *_SIZES, *given)) == 0
     assert re.search(r"greedy tokens that are equal +8 of 8", capsys.readouterr().out)
     exported = read_manifest(Places.of(out))
     schemes = {w.name: (w.scheme, w.bits) for w in exported.weights}

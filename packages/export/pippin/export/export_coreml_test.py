@@ -17,17 +17,20 @@ from pippin.core.errors import CheckpointError
 from pippin.core.manifest import DamageError
 from pippin.export import coreml, verify
 from pippin.export import lower_testing as t
+from pippin.export.compress.recipes import DEFAULT_RECIPE, NO_RECIPE
 from pippin.export.coreml_tools import ct
 from pippin.export.export_coreml import Options, export_coreml
 from pippin.export.mil.interpreter import Mode
 from pippin.export.output import Places, new_export, read_manifest
+from pippin.export.tiny_models import save_tiny
 from pippin.export.verification import Comparison, read_adapter
 from pippin.layers import configs as c
 from pippin.layers.adapter import adapter_of, model_signature
 from pippin.layers.model_files import open_model
 
 _SIZES = ["--context", "64", "--prefill", "24"]
-_OPTIONS = Options(context_length=64, prefill_length=24)
+_PLAIN = [*_SIZES, "--recipe", NO_RECIPE]
+_OPTIONS = Options(context_length=64, prefill_length=24, recipe=NO_RECIPE)
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def _perplexity(told):
 
 def test_the_command_writes_a_package_and_says_what_it_is(bundle, tmp_path, capsys):
     out = tmp_path / "out" / "small.mlpackage"
-    assert coreml.main(["--model", str(bundle), "--out", str(out), *_SIZES]) == 0
+    assert coreml.main(["--model", str(bundle), "--out", str(out), *_PLAIN]) == 0
     told = capsys.readouterr()
     assert "q_proj" in told.out and "16.000" in told.out and str(out) in told.out
     assert "write prefill" in told.err
@@ -67,8 +70,7 @@ def test_the_command_writes_a_package_and_says_what_it_is(bundle, tmp_path, caps
 
 
 def test_prompts_that_are_read_in_one_part_of_most_of_the_context_are_verified(bundle, tmp_path, capsys):
-    out = str(tmp_path / "x.mlpackage")
-    given = ["--model", str(bundle), "--out", out, "--context", "64", "--prefill", "48"]
+    given = ["--model", str(bundle), "--out", str(tmp_path / "x.mlpackage"), *_PLAIN, "--prefill", "48"]
     assert coreml.main(given) == 0, capsys.readouterr().err
     assert re.search(r"greedy tokens that are equal +8 of 8", capsys.readouterr().out)
 
@@ -119,6 +121,35 @@ def test_a_recipe_compresses_and_leaves_the_bundle_that_the_package_is_of(bundle
     assert "compressed already, by int8" in capsys.readouterr().err
 
 
+def test_without_a_recipe_floats_are_palettized(tmp_path, capsys):
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "x.mlpackage"
+    assert coreml.main(["--model", str(model), "--out", str(out), *_SIZES, "--perplexity-tokens", "64"]) == 0
+    told = capsys.readouterr()
+    assert "compress the weights by palettize_4bit" in told.err and "palettized 4" in told.out
+    exported = read_manifest(Places.of(out))
+    assert exported.recipe == DEFAULT_RECIPE and exported.bits_per_weight < 8
+    assert {(w.scheme, w.bits) for w in exported.weights if "decoder" in w.name and "_proj" in w.name} == {
+        ("palettized", 4)
+    }
+    assert exported.parity.perplexity_before != exported.parity.perplexity_after
+    # What was compressed already stays as it is.
+    again = ["--model", str(tmp_path / "x" / "compressed"), "--out", str(tmp_path / "y.mlpackage"), *_SIZES]
+    assert coreml.main([*again, "--perplexity-tokens", "0", "--verify-steps", "0"]) == 0
+    assert "keep the weights as they are" in capsys.readouterr().err
+    assert list(read_manifest(Places.of(tmp_path / "y.mlpackage")).weights) == list(exported.weights)
+
+
+def test_an_adapter_of_the_floats_is_not_for_what_they_are_compressed_to(tmp_path, capsys):
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "x.mlpackage"
+    adapter = _adapter(tmp_path / "a", model_signature(open_model(model).params()), scale=1e-3)
+    given = ["--model", str(model), "--out", str(out), *_SIZES, "--adapter", str(adapter)]
+    assert coreml.main(given) == 2
+    told = capsys.readouterr().err
+    assert "trained on the weights of model as they are" in told and "--recipe none" in told
+    assert not out.exists() and not (tmp_path / "x").exists()
+    assert coreml.main([*given, "--recipe", NO_RECIPE, "--perplexity-tokens", "0"]) == 0
+
+
 @pytest.mark.parametrize(("error", "equal"), [(np.inf, 4), (0.01, 1)])
 def test_a_package_that_is_not_its_model_is_not_left_behind(
     bundle, tmp_path, monkeypatch, capsys, error, equal
@@ -126,7 +157,7 @@ def test_a_package_that_is_not_its_model_is_not_left_behind(
     found = Comparison(Mode.FLOAT16, error, 10.0, equal, 4, "", None)
     monkeypatch.setattr("pippin.export.measure.parity", lambda *_: found)
     out = tmp_path / "x.mlpackage"
-    assert coreml.main(["--model", str(bundle), "--out", str(out), *_SIZES]) == 2
+    assert coreml.main(["--model", str(bundle), "--out", str(out), *_PLAIN]) == 2
     assert "does not compute what tiny does" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
@@ -143,7 +174,7 @@ def test_the_same_model_gives_the_same_bytes(bundle, tmp_path):
     for name in ("a", "b"):
         program = (
             "from pippin.export import coreml; import sys; sys.exit(coreml.main(sys.argv[1:]))",
-            *("--model", str(bundle), "--out", str(tmp_path / f"{name}.mlpackage"), *_SIZES),
+            *("--model", str(bundle), "--out", str(tmp_path / f"{name}.mlpackage"), *_PLAIN),
         )
         subprocess.run([sys.executable, "-c", *program], check=True, capture_output=True)
     first, second = (_hashes(tmp_path / f"{name}.mlpackage") for name in ("a", "b"))
@@ -176,7 +207,7 @@ def test_an_adapter_is_an_input_of_the_program(tmp_path):
     bundle = save_bundle(tmp_path / "base", t.TINY, without(tuned.params))
     out = tmp_path / "out.mlpackage"
     # There is room for rank 4: the rest of it is zeros.
-    export_coreml(bundle, out, Options(64, 24, adapter_rank=4, adapters=(adapter,)))
+    export_coreml(bundle, out, dataclasses.replace(_OPTIONS, adapter_rank=4, adapters=(adapter,)))
     exported = read_manifest(Places.of(out))
     flat = read_adapter(tmp_path / "out" / "adapters" / "polite.bin", exported.adapter)
     assert flat.shape == (exported.adapter.length,) and exported.adapter.base_signature == base
@@ -207,7 +238,7 @@ def _adapter(folder, base, rank=2, path="decoder.layer.attention.q_proj", inputs
 def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_left(bundle, tmp_path, what, expected):
     base = model_signature(open_model(bundle).params())
     adapter = _adapter(tmp_path / "a", **({"base": base} | what))
-    options = Options(64, 24, adapter_rank=4, adapters=(adapter,))
+    options = dataclasses.replace(_OPTIONS, adapter_rank=4, adapters=(adapter,))
     with pytest.raises(CheckpointError, match=expected):
         export_coreml(bundle, tmp_path / "out" / "x.mlpackage", options)
     assert not list((tmp_path / "out").iterdir())
@@ -218,7 +249,7 @@ def test_room_for_adapters_is_as_large_as_the_largest(bundle, tmp_path):
     adapters = [_adapter(tmp_path / f"rank_{rank}", base, rank) for rank in (2, 3)]
     given = [text for adapter in adapters for text in ("--adapter", str(adapter))]
     out = tmp_path / "x.mlpackage"
-    assert coreml.main(["--model", str(bundle), "--out", str(out), *_SIZES, *given]) == 0
+    assert coreml.main(["--model", str(bundle), "--out", str(out), *_PLAIN, *given]) == 0
     assert read_manifest(Places.of(out)).adapter.rank == 3
 
 
@@ -236,7 +267,10 @@ def test_mistakes_are_told_without_a_stack_trace(bundle, tmp_path, capsys):
             "nosuch: no such directory",
         ),
         (["--model", str(bundle), "--out", "x.mlpackage", "--adapter", __file__], "it is no directory"),
-        (["--model", str(bundle), "--out", "x.mlpackage", "--recipe", "palettize_4bit"], "has no tokenizer"),
+        (
+            ["--model", str(bundle), "--out", "x.mlpackage"],
+            "has no tokenizer, and the recipe palettize_4bit (the default)",
+        ),
     ):
         assert coreml.main(arguments) == 2
         told = capsys.readouterr().err
@@ -264,7 +298,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
     made = t.model(override(t.TINY, {"vocab_size": 600}))
     bundle = save_bundle(tmp_path / "tiny", made.cfg, made.params)
     out = tmp_path / "x.mlpackage"
-    command = [sys.executable, "-c", _SMALL_FILES, "--model", str(bundle), "--out", str(out), *_SIZES]
+    command = [sys.executable, "-c", _SMALL_FILES, "--model", str(bundle), "--out", str(out), *_PLAIN]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "was not saved" in done.stderr, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny"]
@@ -292,7 +326,7 @@ def test_two_adapters_of_one_name_are_refused(bundle, tmp_path):
     base = model_signature(open_model(bundle).params())
     adapters = tuple(_adapter(tmp_path / folder / "polite", base) for folder in ("a", "b"))
     with pytest.raises(CheckpointError, match="two of the adapters are called polite"):
-        export_coreml(bundle, tmp_path / "x.mlpackage", Options(64, 24, adapter_rank=4, adapters=adapters))
+        export_coreml(bundle, tmp_path / "x.mlpackage", dataclasses.replace(_OPTIONS, adapters=adapters))
 
 
 def test_a_model_that_was_trained_with_rounded_weights_is_exported_as_it_was_rounded(tmp_path, capsys):

@@ -15,8 +15,9 @@ from pippin.core.errors import CheckpointError, ConfigError
 from pippin.core.module import unflatten_params
 from pippin.export.adapter_files import write_adapters
 from pippin.export.adapter_layout import open_adapter
+from pippin.export.compress.recipes import NO_RECIPE
 from pippin.export.display import Display
-from pippin.export.model_source import ModelSource, compressed, open_source
+from pippin.export.model_source import ModelSource, chosen_recipe, compressed, open_source
 from pippin.export.output import TOKENIZER, Places, new_export, require_free, write_manifest, write_tokenizer
 from pippin.export.program_interface import Lowered
 from pippin.export.program_sizes import Sizes
@@ -35,7 +36,7 @@ class Options(Sizes):
     """What to make of a model. Where there are adapters and no rank, there is room for the largest of them."""
 
     adapters: tuple[Path, ...] = ()  # directories of adapters that are written beside the package
-    recipe: str = ""  # that weights are compressed by; "": they are stored as they are
+    recipe: str | None = None  # that weights are compressed by, or NO_RECIPE; None: see `chosen_recipe`
     perplexity_tokens: int = 0  # of the text that perplexity is measured on; 0: it is not measured
     verify_steps: int = 0  # tokens that the package and the model decode side by side; 0: they do not
 
@@ -50,7 +51,7 @@ class Options(Sizes):
     @property
     def num_steps(self) -> int:
         """That a person sees go by."""
-        return 5 + sum(map(bool, (self.recipe, self.perplexity_tokens, self.verify_steps)))
+        return 6 + sum(map(bool, (self.perplexity_tokens, self.verify_steps)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,8 @@ def export_package(target: Target, model: str | Path, out: str | Path, options: 
         What a person wants to know of it, as lines.
 
     Raises:
-        ConfigError: sizes do not fit each other, or a component has no rule.
+        ConfigError: sizes do not fit each other, a component has no rule, or there is no such recipe.
+        DataError: the recipe measures the model on text, and the model has no tokenizer.
         CheckpointError: there is no model, an adapter fits another one, the package cannot be written, or it does not
             compute what the model does.
     """
@@ -113,20 +115,23 @@ def export_package(target: Target, model: str | Path, out: str | Path, options: 
         display.step("open the model")
         opened = open_source(find_model(model))
         target.require_rules(opened.cfg)
-        source = opened
-        if options.recipe:
-            display.step("compress")
-            source = compressed(opened, options.recipe, display.part)
+        source, recipe = opened, chosen_recipe(options.recipe, opened)
+        if recipe == NO_RECIPE:
+            display.step("keep the weights as they are")
+        else:
+            display.step(f"compress the weights by {recipe}")
+            _require_adapters_of_compressed(options.adapters, opened, recipe)
+            source = compressed(opened, recipe, display.part)
         lowered = target.lower(source, options, lambda name: display.step(f"write {name}"))
         exported = _described(target, opened, source, lowered, options)
-        # With a recipe the weights lie in the package and in the bundle beside it.
-        num_bytes = sum(w.bytes for w in exported.weights) * (2 if options.recipe else 1)
+        # What was compressed lies in the package and in the bundle beside it.
+        num_bytes = sum(w.bytes for w in exported.weights) * (1 if source is opened else 2)
         with new_export(out, target.suffix, num_bytes) as places:
             display.step("store the weights")
             write_tokenizer(source.tokenizer, places)
             complete_tokenizer(places.folder / TOKENIZER)
             target.write(places, lowered, exported, source)
-            if options.recipe:
+            if source is not opened:
                 source = _kept(source, places)
             write_adapters(places, options.adapters, source.bundle, exported.adapter)
             _measure(target, opened, source, places, exported, options, display)
@@ -134,6 +139,17 @@ def export_package(target: Target, model: str | Path, out: str | Path, options: 
             display.step("hash the files")
             write_manifest(places, exported)
     return summary_text(exported, Places.of(out), str(model), time.monotonic() - began)
+
+
+def _require_adapters_of_compressed(directories: Sequence[Path], opened: ModelSource, recipe: str) -> None:
+    """Raises CheckpointError where an adapter was trained on the weights as they are before they are compressed."""
+    for directory in directories:
+        if open_adapter(directory).base_signature == opened.signature:
+            raise CheckpointError(
+                f"the adapter {directory} was trained on the weights of {opened.name} as they are, and the package would hold "
+                f"them compressed by {recipe}. Keep them with --recipe {NO_RECIPE}, or compress them with "
+                "//packages/export:compress, train the adapter on that, and export both."
+            )
 
 
 def _described(

@@ -11,6 +11,7 @@ from flax import nnx
 from pippin.core.bundle import save_bundle
 from pippin.core.module import flatten_params, split, unflatten_params
 from pippin.core.quantized_array import Palettized, QuantizedArray, Scaled
+from pippin.export.compress.recipes import NO_RECIPE
 from pippin.export.export_coreml import Options, export_coreml
 from pippin.export.output import Places
 from pippin.layers.causal_lm_config import CausalLMConfig
@@ -54,9 +55,10 @@ def tiny_export(folder: Path, *, compressed: bool, seed: int = 0, adapter_rank: 
         flat = {name: _compressed(name, values) for name, values in flat.items()}
     model = save_bundle(folder / "model", cfg, unflatten_params(flat))
     package = folder / "tiny.mlpackage"
-    export_coreml(
-        model, package, Options(context_length=CONTEXT, prefill_length=PREFILL, adapter_rank=adapter_rank)
+    options = Options(
+        context_length=CONTEXT, prefill_length=PREFILL, adapter_rank=adapter_rank, recipe=NO_RECIPE
     )
+    export_coreml(model, package, options)
     return TinyExport(model, Places.of(package))
 
 

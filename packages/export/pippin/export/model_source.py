@@ -16,7 +16,7 @@ from pippin.core.quantized_array import QuantizedArray
 from pippin.core.registry import component_name
 from pippin.core.stored_tensor import signature
 from pippin.core.tokenizer import load_tokenizer
-from pippin.export.compress.recipes import recipe
+from pippin.export.compress.recipes import DEFAULT_RECIPE, NO_RECIPE, recipe
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.model_files import open_model
 from pippin.layers.quant.settle import settled
@@ -35,6 +35,11 @@ class ModelSource:
     tokenizer: Path | None
     provenance: model_pb2.Provenance
     bundle: Bundle
+
+    @property
+    def rounded(self) -> bool:
+        """It was compressed, or trained with rounded weights."""
+        return bool(self.recipe) or any(isinstance(p, QuantizedArray) for p in self.params.values())
 
 
 def open_source(path: str | Path) -> ModelSource:
@@ -73,6 +78,13 @@ def open_source(path: str | Path) -> ModelSource:
     )
 
 
+def chosen_recipe(asked: str | None, source: ModelSource) -> str:
+    """The recipe that a model is exported by: what was asked for, or else the default one for floats and none for others."""
+    if asked is not None:
+        return asked
+    return NO_RECIPE if source.rounded else DEFAULT_RECIPE
+
+
 def compressed(
     source: ModelSource, recipe_name: str, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> ModelSource:
@@ -101,9 +113,11 @@ def compressed(
     text = []
     if needs_calibration(cfg):
         if source.tokenizer is None:
+            default = " (the default)" if recipe_name == DEFAULT_RECIPE else ""
             raise DataError(
-                f"{source.bundle.directory} has no tokenizer, and the recipe {recipe_name} measures the model on text. Use "
-                "a bundle with one, or a recipe that measures nothing: int8 or float16."
+                f"{source.bundle.directory} has no tokenizer, and the recipe {recipe_name}{default} measures the model on "
+                "text. Use a bundle with one, or a recipe that measures nothing: int8, or none to keep the weights as they "
+                "are."
             )
         text = batches(cfg.calibration, calibration_text(), load_tokenizer(source.tokenizer))
     result = compress(source.cfg, unflatten_params(source.params), cfg, text, progress)

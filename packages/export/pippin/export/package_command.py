@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pippin.core.errors import PippinError
+from pippin.export.compress.recipes import DEFAULT_RECIPE, NO_RECIPE
 
 
 def package_parser(prog: str, description: str, suffix: str) -> argparse.ArgumentParser:
@@ -31,10 +32,10 @@ def package_parser(prog: str, description: str, suffix: str) -> argparse.Argumen
     parser.add_argument("--out", required=True, type=Path, metavar=f"X{suffix}", help="a new package")
     parser.add_argument(
         "--recipe",
-        default="",
         metavar="NAME",
-        help="compresses the weights: one of the recipes that `bazel run //packages/export:compress -- --list` lists "
-        "(default: float16, or as the bundle is compressed)",
+        help="compresses the weights: one of the recipes that `bazel run //packages/export:compress -- --list` lists, or "
+        f"{NO_RECIPE} to store them as they are, floats as float16 (default: {DEFAULT_RECIPE} of floats; what was compressed, "
+        "or trained with rounded weights, as it is)",
     )
     parser.add_argument(
         "--perplexity-tokens",

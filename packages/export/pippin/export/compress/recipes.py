@@ -11,6 +11,9 @@ from pippin.export.compress.config import (
     Weighting,
 )
 
+DEFAULT_RECIPE = "palettize_4bit"  # of a package whose weights are floats
+NO_RECIPE = "none"  # weights are stored as they are; the name of no recipe
+
 # Recipe -> its config. Embeddings are int8 with a scale for each row, but in float16.
 RECIPES = {
     "palettize_4bit": RecipeConfig(),
