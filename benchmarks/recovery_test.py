@@ -1,0 +1,20 @@
+"""The table of the recovery benchmark, and its recipe."""
+
+import math
+
+from benchmarks.recovery import table
+from benchmarks.smollm2_recovery import smollm2_recovery
+from pippin.core.config_tree import config_text
+
+
+def test_what_is_won_back_is_of_the_distance_to_the_model_with_the_same_adapter():
+    text = table((10.0, 8.0), (20.0, 10.0), "some", 3)
+    nats = 1 - math.log(10 / 8) / math.log(2)
+    assert "2.00" in text and "10.00" in text and "with a LoRA, 3 steps" in text
+    assert text.splitlines()[-1].split() == ["won", "back", "80%", f"{nats:.0%}"]
+
+
+def test_the_recipe_trains_the_adapter_alone():
+    text = config_text(smollm2_recovery())
+    assert "rank = 16" in text or "rank: 16" in text, text[:2000]
+    assert "compressed/smollm2" in text
