@@ -6,6 +6,7 @@ Import it late: see `coreai_tools`.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 from pippin.core.errors import CheckpointError
 from pippin.export.coreai_tools import AIModelAsset, NDArray
 from pippin.export.program_sizes import FUNCTIONS, STATES
+
+PRECISION = "computePrecision"  # by which the metadata of a program say what it computes in
 
 
 class CoreAIModel:
@@ -30,6 +33,8 @@ class CoreAIModel:
             raise CheckpointError(f"{path} is no .aimodel. Give one that //packages/export:coreai wrote.")
         self._loop = asyncio.new_event_loop()
         self._asset = AIModelAsset.load(path)
+        # What the program computes in.
+        self.precision = self._asset.metadata.creator_defined_metadata.get(PRECISION, "float16")
         self._entered = self._asset.executable()
 
     def __enter__(self) -> CoreAIModel:  # noqa: PYI034  the checks of annotations in tests refuse Self
@@ -38,6 +43,7 @@ class CoreAIModel:
         desc = self._functions["prefill"].desc
         mask = desc.input_descriptor("causalMask").shape
         self.prefill_length, self.context_length = int(mask[2]), int(mask[3])
+        self.vocab_size = int(desc.output_descriptor("logits").shape[-1])
         takes = "adapter" in desc.input_names
         self.adapter_length = int(desc.input_descriptor("adapter").shape[0]) if takes else 0
         self.use_adapter(None)
@@ -56,6 +62,7 @@ class CoreAIModel:
         desc = self._functions["decode"].desc
         shapes = {name: tuple(desc.state_descriptor(name).shape) for name in STATES}
         self._states = {name: NDArray(np.zeros(shape, np.float16)) for name, shape in shapes.items()}
+        self._read = 0
 
     def use_adapter(self, adapter: np.ndarray | None) -> None:
         """From here on the program adds an adapter. The caches stay as they are.
@@ -97,17 +104,34 @@ class CoreAIModel:
         outputs = self._loop.run_until_complete(self._functions[name](given, self._states))
         return np.array(outputs["logits"].numpy())[0, : len(ids)]
 
+    def extend(self, ids: Sequence[int]) -> np.ndarray:
+        """The logits after each of the next tokens, float16 [T, V].
+
+        Raises:
+            CheckpointError: the caches cannot hold them.
+        """
+        logits = []
+        for start in range(0, len(ids), self.prefill_length):
+            part = list(ids[start : start + self.prefill_length])
+            length = 1 if len(part) == 1 else self.prefill_length  # the padding lies in the caches too
+            if self._read + length > self.context_length:
+                raise CheckpointError(
+                    f"tokens {self._read} to {self._read + length - 1} do not fit in caches of {self.context_length}. Take "
+                    "fewer, or export the program with a larger --context."
+                )
+            logits.append(self.step(part, self._read))
+            self._read += len(part)
+        return np.concatenate(logits)
+
     def greedy(self, prompt: list[int], num_tokens: int) -> tuple[list[int], np.ndarray]:
         """The ids that follow a prompt, and the logits after each token of the prompt and of these but the last.
 
         The caches are emptied before.
         """
         self.reset()
-        logits = []
-        for start in range(0, len(prompt), self.prefill_length):
-            logits.append(self.step(prompt[start : start + self.prefill_length], start))
+        logits = [self.extend(prompt)]
         written = [int(logits[-1][-1].argmax())]
         while len(written) < num_tokens:
-            logits.append(self.step(written[-1:], len(prompt) + len(written) - 1))
+            logits.append(self.extend(written[-1:]))
             written.append(int(logits[-1][-1].argmax()))
         return written, np.concatenate(logits)

@@ -6,13 +6,15 @@ import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pippin.core.errors import ConfigError
 from pippin.export.coreai_emitter import require_rules
+from pippin.export.coreai_runtime import PRECISION
 from pippin.export.coreai_tools import AIModelAssetMetadata
-from pippin.export.export_package import Measured, Options, Target, export_package
+from pippin.export.export_package import Options, Target, export_package
 from pippin.export.lower_coreai import lower_coreai
 from pippin.export.model_source import ModelSource
 from pippin.export.output import Places, library_writes
@@ -22,6 +24,9 @@ from pippin.export.program_sizes import Sizes
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.v1 import export_pb2 as pb
 
+if TYPE_CHECKING:  # it takes JAX
+    from pippin.export.verification import Comparison
+
 PRECISIONS = {"float16": np.float16, "float32": np.float32}
 
 
@@ -29,7 +34,9 @@ PRECISIONS = {"float16": np.float16, "float32": np.float32}
 class CoreAIOptions(Options):
     """What to make of a model."""
 
-    precision: str = "float16"  # that is computed in; weights, states and logits are float16 either way
+    precision: str = (
+        "float16"  # that is computed in; weights, states and logits are numbers of float16 either way
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,12 +72,13 @@ class _CoreAI(Target):
         metadata.model_description = one_line(source)
         for key, value in user_metadata(exported, source.name).items():
             metadata.set_custom(key, value)
+        metadata.set_custom(PRECISION, np.dtype(self._dtype).name)
         with library_writes(places.package):
             lowered.program.save_asset(places.package, metadata)
 
     def measured(
         self, package: Path, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
-    ) -> list[Measured]:
+    ) -> dict[str, Comparison]:
         from pippin.export.coreai_parity import measured  # it takes JAX
 
         if self._dtype is np.float32:

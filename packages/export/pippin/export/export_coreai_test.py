@@ -54,7 +54,6 @@ def test_the_command_writes_a_program_with_all_that_goes_with_it(
     assert coreai.main(["--model", "tiny", "--out", "x.aimodel", *_QUICK, *given]) == 0
     told = capsys.readouterr().out
     assert re.search(r"greedy tokens that are equal +12 of 12", told) and "perplexity with" in told
-    assert "export:verify" not in told  # which reads packages for Core ML
     exported = read_manifest(Places.of(tmp_path / "x.aimodel"))
     assert (exported.target, exported.context_length, exported.prefill_length) == ("coreai", 64, 24)
     assert exported.parity.runtime == "coreai" and exported.parity.max_logit_error < TOLERANCE

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pippin.export.coreml_tools import ct
-from pippin.export.export_package import Measured, Options, Target, export_package
+from pippin.export.export_package import Options, Target, export_package
 from pippin.export.lower import Lowered, Sizes, lower
 from pippin.export.lower_emitter import require_rules
 from pippin.export.model_source import ModelSource
@@ -16,6 +17,9 @@ from pippin.export.package_metadata import one_line, user_metadata
 from pippin.export.swift.swift_package import write_swift_package
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.v1 import export_pb2 as pb
+
+if TYPE_CHECKING:  # it takes JAX
+    from pippin.export.verification import Comparison
 
 _LIBRARY = {"com.github.apple.coremltools.version": ct.__version__}
 
@@ -45,15 +49,8 @@ class _CoreML(Target):
 
     def measured(
         self, package: Path, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
-    ) -> list[Measured]:
+    ) -> dict[str, Comparison]:
         from pippin.export.measure import parity  # it takes JAX
-        from pippin.export.verification import PUBLISHED_UNITS, RUNTIME, bound
+        from pippin.export.verification import RUNTIME
 
-        found = parity(package, source.bundle, options.verify_steps, progress)
-        told = pb.ExportParity(
-            max_logit_error=found.max_error,
-            tokens_equal=found.tokens_equal,
-            decode_steps=found.steps,
-            runtime=RUNTIME,
-        )
-        return [Measured(told, bound(found.max_logit, PUBLISHED_UNITS))]
+        return {RUNTIME: parity(package, source.bundle, options.verify_steps, progress)}

@@ -20,10 +20,9 @@ from pippin.export import lower_testing as t
 from pippin.export.compress.recipes import DEFAULT_RECIPE, NO_RECIPE
 from pippin.export.coreml_tools import ct
 from pippin.export.export_coreml import Options, export_coreml
-from pippin.export.mil.interpreter import Mode
 from pippin.export.output import Places, new_export, read_manifest
 from pippin.export.tiny_models import save_tiny
-from pippin.export.verification import Comparison, read_adapter
+from pippin.export.verification import PUBLISHED_UNITS, Comparison, read_adapter
 from pippin.layers import configs as c
 from pippin.layers.adapter import adapter_of, model_signature
 from pippin.layers.model_files import open_model
@@ -154,7 +153,7 @@ def test_an_adapter_of_the_floats_is_not_for_what_they_are_compressed_to(tmp_pat
 def test_a_package_that_is_not_its_model_is_not_left_behind(
     bundle, tmp_path, monkeypatch, capsys, error, equal
 ):
-    found = Comparison(Mode.FLOAT16, error, 10.0, equal, 4, "", None)
+    found = Comparison("float16", PUBLISHED_UNITS, error, 10.0, equal, 4, "")
     monkeypatch.setattr("pippin.export.measure.parity", lambda *_: found)
     out = tmp_path / "x.mlpackage"
     assert coreml.main(["--model", str(bundle), "--out", str(out), *_PLAIN]) == 2

@@ -5,9 +5,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pippin.core import manifest
 from pippin.core.bundle import load_bundle, save_bundle
@@ -27,6 +27,9 @@ from pippin.export.swift.swift_tokenizer import complete_tokenizer
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.named_models import find_model
 from pippin.v1 import export_pb2 as pb
+
+if TYPE_CHECKING:  # it takes JAX
+    from pippin.export.verification import Comparison
 
 REPORT = "report.html"
 
@@ -54,14 +57,6 @@ class Options(Sizes):
         return 6 + sum(map(bool, (self.perplexity_tokens, self.verify_steps)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """A saved package beside its model."""
-
-    parity: pb.ExportParity
-    bound: float  # what the largest error must be below
-
-
 class Target(abc.ABC):
     """A kind of package: what is done for it in its own way."""
 
@@ -85,8 +80,8 @@ class Target(abc.ABC):
     @abc.abstractmethod
     def measured(
         self, package: Path, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
-    ) -> Sequence[Measured]:
-        """How far the saved package is from its model in JAX, by each way to run it; the manifest has the first."""
+    ) -> Mapping[str, Comparison]:
+        """How far the saved package is from its model in JAX, by each runtime; the manifest has the first."""
 
 
 def export_package(target: Target, model: str | Path, out: str | Path, options: Options) -> str:
@@ -205,18 +200,16 @@ def _measure(
     if options.verify_steps:
         display.step("verify")
         found = target.measured(places.package, source, options, display.part)
-        for each in found:
-            _require_same(source.name, each)
-        exported.parity.MergeFrom(found[0].parity)
+        for runtime, comparison in found.items():
+            _require_same(source.name, runtime, comparison)
+        exported.parity.MergeFrom(next(comparison.parity(runtime) for runtime, comparison in found.items()))
 
 
-def _require_same(name: str, measured: Measured) -> None:
-    parity = measured.parity
+def _require_same(name: str, runtime: str, found: Comparison) -> None:
     # A rounding of the last bit may exchange two tokens that are as likely; half of them is another model.
-    if not parity.max_logit_error < measured.bound or parity.tokens_equal * 2 < parity.decode_steps:
+    if not found.max_error < found.bound or found.tokens_equal * 2 < found.steps:
         raise CheckpointError(
-            f"the program of the package does not compute what {name} does ({parity.runtime}): the largest error of a logit is "
-            f"{parity.max_logit_error:.3g}, which must be below {measured.bound:.3g}, and {parity.tokens_equal} of "
-            f"{parity.decode_steps} greedy tokens are equal. This is a defect of the export, of which nothing was kept: "
-            "report it, with the model's config."
+            f"the program of the package does not compute what {name} does ({runtime}): the largest error of a logit is "
+            f"{found.max_error:.3g}, which must be below {found.bound:.3g}, and {found.tokens_equal} of {found.steps} greedy "
+            "tokens are equal. This is a defect of the export, of which nothing was kept: report it, with the model's config."
         )

@@ -17,9 +17,9 @@ from pippin.export.jax_reference import stored_reference
 from pippin.export.mil.interpreter import Interpreter, Mode
 from pippin.export.mil.spec import load_program
 from pippin.export.model_source import ModelSource
-from pippin.export.package_runner import sizes
+from pippin.export.package_runner import PackageRunner
 from pippin.export.program_sizes import prompt_length
-from pippin.export.verification import Comparison, compare, prompt_ids
+from pippin.export.verification import PUBLISHED_UNITS, Comparison, compare, prompt_ids
 
 
 def perplexities(
@@ -68,8 +68,9 @@ def parity(
         steps: to decode, fewer where the caches are small.
         progress: is told what is done, how far it is, and of how much.
     """
-    interpreter = Interpreter(load_program(package), Mode.FLOAT16)
-    size = sizes(interpreter.program)
+    mode = Mode.FLOAT16
+    runner = PackageRunner(Interpreter(load_program(package), mode))
+    size = runner.sizes
     prompt, steps = prompt_and_steps(model, size.prefill, size.context, steps)
     done = 0
 
@@ -79,7 +80,7 @@ def parity(
         progress("verify", done, steps + 2)
 
     reference = stored_reference(model, len(prompt) + steps)
-    return compare(interpreter, reference, prompt, steps, advance)
+    return compare(mode.value, runner, reference, prompt, steps, units=PUBLISHED_UNITS, progress=advance)
 
 
 def prompt_and_steps(model: Bundle, prefill: int, context: int, steps: int) -> tuple[list[int], int]:

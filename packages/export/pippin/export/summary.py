@@ -46,11 +46,8 @@ def summary_text(exported: pb.ExportManifest, places: Places, model: str, second
     lines += [
         f"{places.package}: {what}",
         f"{places.folder}: {', '.join(sorted(path.name for path in places.folder.iterdir()))}",
+        f"To check it whole: bazel run //packages/export:verify -- {places.package} --model {model}",
     ]
-    if exported.target == "coreml":
-        lines.append(
-            f"To check it whole: bazel run //packages/export:verify -- {places.package} --model {model}"
-        )
     return "\n".join(lines)
 
 

@@ -50,15 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="verify",
-        description="Runs the program of a saved .mlpackage, its states included, and holds it against its model in JAX.",
+        description="Runs the program of a saved .mlpackage or .aimodel, its states included, and holds it against its model in JAX.",
         epilog="exit code: 0 all checks passed, 1 one failed, 2 wrong arguments",
     )
-    parser.add_argument("package", type=Path, metavar="X.mlpackage", help="with the folder X beside it")
+    parser.add_argument(
+        "package", type=Path, metavar="PACKAGE", help="X.mlpackage or X.aimodel, with the folder X beside it"
+    )
     parser.add_argument(
         "--model",
         required=True,
         metavar="MODEL",
-        help="that was exported: what //packages/export:coreml was given, or X/compressed",
+        help="that was exported: what //packages/export:coreml or :coreai was given, or X/compressed",
     )
     parser.add_argument(
         "--steps", type=int, default=32, help="tokens that are decoded (default: %(default)s)"
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--mode",
         choices=("float16", "exact", "both"),
         default="both",
-        help="float16 rounds after every operation, as the package declares; exact computes in float64 between them "
+        help="of .mlpackages: float16 rounds after every operation, as the package declares; exact computes in float64 between them "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -91,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--record",
         action="store_true",
-        help="writes what was measured into the manifest, and golden vectors for a check on a Mac beside it; with --adapter "
+        help="writes what was measured of an .mlpackage into its manifest, and golden vectors for a check on a Mac beside it; with --adapter "
         "the vectors alone, of that adapter",
     )
     parser.add_argument(

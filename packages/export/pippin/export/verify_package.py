@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from pippin.core.bundle import Bundle
@@ -13,26 +16,21 @@ from pippin.export.compress.text import evaluation_text
 from pippin.export.display import Display
 from pippin.export.golden import record, record_adapter
 from pippin.export.jax_reference import adapted_reference, stored_reference
-from pippin.export.mil.interpreter import Interpreter, Mode
-from pippin.export.mil.program import Program
-from pippin.export.mil.spec import load_program
+from pippin.export.mil.interpreter import Mode
 from pippin.export.model_source import ModelSource, open_source
 from pippin.export.output import Places, read_manifest
-from pippin.export.package_runner import sizes
+from pippin.export.package_runner import PackageRunner, Sizes
 from pippin.export.program_sizes import prompt_length
 from pippin.export.verification import (
-    RUNTIME,
     Check,
-    check_bytes,
     check_files,
-    check_sizes,
-    check_states,
     compare,
     comparison_checks,
     perplexities,
     prompt_ids,
     read_adapter,
 )
+from pippin.export.verify_target import OpenPackage
 from pippin.layers.model_files import open_model
 from pippin.layers.named_models import find_model
 from pippin.v1 import export_pb2 as pb
@@ -72,7 +70,8 @@ def verify_package(request: Request) -> Report:
 
     Raises:
         DamageError: a file is absent, or not as it was written.
-        PippinError: the package or the model cannot be opened, or do not belong together; the package is none of Core ML's.
+        PippinError: the package or the model cannot be opened, or do not belong together; what is asked for is not for
+            packages of its kind.
     """
     began = time.monotonic()
     if request.steps < 1 or request.perplexity_tokens < 0:
@@ -91,55 +90,59 @@ def verify_package(request: Request) -> Report:
         _require_beside(request.adapter, request.package)
     modes = [mode for mode in Mode if request.mode in (mode.value, "both")]
     windows = -(-request.perplexity_tokens // 64)  # at most
-    with_steps = len(modes) * (request.steps + 2)
-    with Display("verifying", 3 + with_steps + windows) as display:
+    ways = 1 if request.package.suffix == ".aimodel" else len(modes)
+    with_steps = ways * (request.steps + 2)
+    with Display("verifying", 3 + with_steps + windows) as display, contextlib.ExitStack() as stack:
         display.step("hash the files")
         places = Places.of(request.package)
         if not places.package.is_dir():
             raise CheckpointError(
-                f"{request.package} is no package: there is no such folder. Give an X.mlpackage."
+                f"{request.package} is no package: there is no such folder. Give an X.mlpackage or X.aimodel."
             )
         exported = read_manifest(places)
-        if exported.target != "coreml":
-            raise ConfigError(
-                f"all files of {request.package} are as its manifest says; its program is for {exported.target}, and this "
-                "command runs those of Core ML. //packages/export:coreai ran it when it wrote it: see `parity` in the manifest."
-            )
         checks = [check_files(places, exported)]
         display.step("open the model")
         source = exported_model(request.model, exported, places)
         display.step("open the package")
-        program = load_program(places.package)
-        checks += [check_sizes(program, exported), check_states(program), check_bytes(program, exported)]
+        package = stack.enter_context(_opened(request, exported.target, modes))
+        checks += package.checks(exported)
         text = evaluation_text() if request.text is None else _read(request.text)
-        length = _prompt_length(program, request.steps)
+        length = _prompt_length(package.sizes, request.steps)
+        length, steps = package.affordable(source.bundle, length, request.steps)
+        if steps < request.steps:
+            checks.append(
+                Check("tokens in float16, which is slow here", f"{length} read, {steps} decoded", "")
+            )
+            if request.perplexity_tokens:
+                raise ConfigError(
+                    "a program of this size in float16 takes hours here to measure perplexity. Leave --perplexity out, or export "
+                    "with --precision float32."
+                )
         prompt = prompt_ids(source.bundle, text, length)
-        adapter, reference = None, stored_reference(source.bundle, length + request.steps)
+        adapter, reference = None, stored_reference(source.bundle, length + steps)
         if request.adapter is not None:
             adapter = read_adapter(request.adapter, exported.adapter)
-            reference = adapted_reference(source, adapter, exported.adapter, length + request.steps)
-        comparisons = []
-        for mode in modes:
-            interpreter = Interpreter(program, mode)
-            comparisons.append(compare(interpreter, reference, prompt, request.steps, display.step, adapter))
+            reference = adapted_reference(source, adapter, exported.adapter, length + steps)
+        comparisons, runner = [], None
+        for way, units in package.ways.items():
+            runner = package.runner(way, adapter)
+            comparisons.append(
+                compare(way, runner, reference, prompt, steps, units=units, progress=display.step)
+            )
             checks += comparison_checks(comparisons[-1])
-        parity = pb.ExportParity(
-            max_logit_error=comparisons[0].max_error,
-            tokens_equal=comparisons[0].tokens_equal,
-            decode_steps=request.steps,
-            runtime=RUNTIME,
-        )
+        parity = comparisons[0].parity(package.runtime)
         if request.perplexity_tokens:
             model = float_model(request, source, exported)
             ids = prompt_ids(model, text, request.perplexity_tokens + 1)
-            before, after = perplexities(Interpreter(program, modes[0]), model, ids, display.step)
+            make_runner = functools.partial(package.runner, next(iter(package.ways)))
+            before, after = perplexities(make_runner, package.sizes, model, ids, display.step)
             checks += _perplexity_checks(before, after, request.perplexity_tokens, bool(model.quantized))
             parity.perplexity_after = after
             if not model.quantized:
                 parity.perplexity_before = before
     report = Report(tuple(checks), parity, _text(places, checks, length, time.monotonic() - began))
     if request.record and report.passed:
-        runner = comparisons[-1].runner
+        assert isinstance(runner, PackageRunner)  # or it would not be recorded
         if request.adapter is None:
             record(places, exported, parity, runner, source.name)
         else:
@@ -201,8 +204,27 @@ def float_model(request: Request, source: ModelSource, exported: pb.ExportManife
     return found.bundle
 
 
-def _prompt_length(program: Program, steps: int) -> int:
-    size = sizes(program)
+def _opened(request: Request, target: str, modes: Sequence[Mode]) -> OpenPackage:
+    if target == "coreml":
+        from pippin.export.verify_coreml import CoreMLPackage
+
+        return CoreMLPackage(request.package, modes)
+    if target != "coreai":
+        raise ConfigError(
+            f"all files of {request.package} are as its manifest says; it is for {target}, and this command runs packages of "
+            "Core ML and Core AI. Run it there."
+        )
+    if request.record or request.mode != "both":
+        raise ConfigError(
+            f"{request.package} is for Core AI, whose own runtime runs it as it is: --mode says how our interpreter computes, and "
+            "--record writes vectors for a check of .mlpackages. Leave them out."
+        )
+    from pippin.export.verify_coreai import CoreAIPackage
+
+    return CoreAIPackage(request.package)
+
+
+def _prompt_length(size: Sizes, steps: int) -> int:
     if steps >= size.context - 1:
         raise ConfigError(
             f"{steps} steps do not fit behind a prompt in caches of {size.context} tokens. Give fewer --steps."

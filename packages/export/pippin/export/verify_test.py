@@ -16,12 +16,12 @@ from pippin.export.adapter_layout import adapter_file
 from pippin.export.export_testing import CONTEXT, PREFILL, TinyExport, tiny_export
 from pippin.export.golden import FILE, golden_arrays, golden_path
 from pippin.export.mil.errors import PackageError
-from pippin.export.mil.interpreter import Interpreter, Mode
+from pippin.export.mil.interpreter import Interpreter
 from pippin.export.mil.messages import model_messages
 from pippin.export.mil.spec import load_program
 from pippin.export.output import MANIFEST, Places, read_manifest, replace_file, rewriting
 from pippin.export.package_runner import PackageRunner, causal_mask
-from pippin.export.verification import FLOAT16_UNITS, Comparison, check_bytes, check_states
+from pippin.export.verification import EXACT_UNITS, FLOAT16_UNITS, Comparison, check_bytes, check_states
 from pippin.export.verify_package import Request, verify_package
 from pippin.v1 import export_pb2 as pb
 
@@ -113,7 +113,8 @@ def test_claims_of_other_sizes_fail(copy):
 
     message = rewritten(copy, change)
     program = load_program(copy.places.package)
-    assert not check_bytes(program, message).passed
+    num_bytes = sum(map(len, program.weight_files.values()))
+    assert not check_bytes(num_bytes, message).passed
     report = verify_package(request(copy))
     failed = [check.name for check in report.checks if not check.passed]
     assert failed == ["sizes of the functions", "bytes of weight files"]
@@ -157,12 +158,12 @@ def test_a_state_that_is_written_twice_is_named(copy):
 
 
 def test_the_bound_of_float16_grows_with_the_logits():
-    def bound(mode: Mode, largest: float) -> float:
-        return Comparison(mode, 0.0, largest, 0, 0, "", runner=None).bound  # type: ignore[arg-type]
+    def bound(units: int, largest: float) -> float:
+        return Comparison("", units, 0.0, largest, 0, 0, "").bound
 
-    assert bound(Mode.FLOAT16, 3.9) == bound(Mode.EXACT, 31.0) == 2e-2
-    assert bound(Mode.FLOAT16, 39.0) == FLOAT16_UNITS / 32
-    assert bound(Mode.EXACT, 39.0) == 1 / 32
+    assert bound(FLOAT16_UNITS, 3.9) == bound(EXACT_UNITS, 31.0) == 2e-2
+    assert bound(FLOAT16_UNITS, 39.0) == FLOAT16_UNITS / 32
+    assert bound(EXACT_UNITS, 39.0) == 1 / 32
 
 
 def test_what_is_recorded_lies_in_the_manifest_and_is_read_back(copy):
@@ -189,13 +190,13 @@ def test_what_the_export_measured_and_a_record_did_not_stays(copy):
     assert (found.perplexity_before, found.perplexity_after, found.decode_steps) == (9.0, 10.0, 4)
 
 
-def test_a_program_for_another_runtime_is_told_as_such(copy):
+def test_an_export_that_is_no_package_is_told_as_such(copy):
     message = read_manifest(copy.places)
-    message.target = "coreai"
+    message.target = "gguf"
     with rewriting(copy.places, message, []):
         pass
     with pytest.raises(
-        PippinError, match="its program is for coreai, and this command runs those of Core ML"
+        PippinError, match="it is for gguf, and this command runs packages of Core ML and Core AI"
     ):
         verify_package(request(copy))
 
