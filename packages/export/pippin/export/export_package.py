@@ -18,7 +18,15 @@ from pippin.export.adapter_layout import open_adapter
 from pippin.export.compress.recipes import NO_RECIPE
 from pippin.export.display import Display
 from pippin.export.model_source import ModelSource, chosen_recipe, compressed, open_source
-from pippin.export.output import TOKENIZER, Places, new_export, require_free, write_manifest, write_tokenizer
+from pippin.export.output import (
+    REPORT,
+    TOKENIZER,
+    Places,
+    new_export,
+    require_free,
+    write_manifest,
+    write_tokenizer,
+)
 from pippin.export.program_interface import Lowered
 from pippin.export.program_sizes import Sizes
 from pippin.export.report import report_page
@@ -30,8 +38,6 @@ from pippin.v1 import export_pb2 as pb
 
 if TYPE_CHECKING:  # it takes JAX
     from pippin.export.verification import Comparison
-
-REPORT = "report.html"
 
 
 @dataclasses.dataclass(frozen=True)

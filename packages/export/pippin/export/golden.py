@@ -15,14 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from pippin.export.mac import verify_on_mac
-from pippin.export.output import Places, replace_file, rewriting
+from pippin.export.output import REPORT, Places, replace_file, rewriting
 from pippin.export.package_runner import ADAPTER, IDS, MASK, POSITION, Call, PackageRunner
 from pippin.export.report import report_page
 from pippin.v1 import export_pb2 as pb
 
 FILE = "golden.npz"
 SCRIPT = "verify_on_mac.py"
-REPORT = "report.html"
 
 
 def golden_path(places: Places, adapter: str = "") -> Path:
@@ -60,39 +59,35 @@ def golden_arrays(calls: Sequence[Call], runner: PackageRunner, adapter: str = "
     return arrays
 
 
-def record(
-    places: Places, exported: pb.ExportManifest, parity: pb.ExportParity, runner: PackageRunner, name: str
-) -> None:
+def record(places: Places, parity: pb.ExportParity, runner: PackageRunner, name: str) -> None:
     """Writes golden vectors and the check for a Mac beside a package, and what was measured into manifest and report.
 
     Args:
         places: of the package.
-        exported: its manifest, which is written last, whole.
         parity: what was measured.
         runner: that read a text in the exact mode, whose calls are recorded.
         name: of the model, as people know it.
     """
-    if parity.perplexity_after:
-        exported.parity.perplexity_before = 0  # of other text
-    exported.parity.MergeFrom(parity)  # what was not measured again stays
     report = places.folder / REPORT
-    with rewriting(places, exported, [golden_path(places), places.folder / SCRIPT, report]):
+    with rewriting(places, [golden_path(places), places.folder / SCRIPT, report]) as exported:
+        if parity.perplexity_after:
+            exported.parity.perplexity_before = 0  # of other text
+        exported.parity.MergeFrom(parity)  # what was not measured again stays
         _write(places, golden_arrays(runner.calls, runner))
         replace_file(report, report_page(name, exported).encode())
 
 
-def record_adapter(places: Places, exported: pb.ExportManifest, runner: PackageRunner, adapter: str) -> None:
+def record_adapter(places: Places, runner: PackageRunner, adapter: str) -> None:
     """Writes golden vectors of a package with an adapter, and the check for a Mac, beside it.
 
     Manifest and report say what was measured of the bare model, and go on saying that.
 
     Args:
         places: of the package.
-        exported: its manifest, which is written last, whole.
         runner: that read a text in the exact mode with the adapter, whose calls are recorded.
         adapter: its name; it lies beside the package.
     """
-    with rewriting(places, exported, [golden_path(places, adapter), places.folder / SCRIPT]):
+    with rewriting(places, [golden_path(places, adapter), places.folder / SCRIPT]):
         _write(places, golden_arrays(runner.calls, runner, adapter), adapter)
 
 

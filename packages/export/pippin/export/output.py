@@ -18,6 +18,7 @@ from pippin.v1 import model_pb2
 
 MANIFEST = "export_manifest.textproto"
 TOKENIZER = "tokenizer"
+REPORT = "report.html"
 
 _SPARE_BYTES = 16 << 20  # of the small files
 
@@ -145,26 +146,26 @@ def exclusive(places: Places) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def rewriting(places: Places, message: pb.ExportManifest, paths: Iterable[Path]) -> Iterator[None]:
+def rewriting(places: Places, paths: Iterable[Path]) -> Iterator[pb.ExportManifest]:
     """Files of an export that are written, written again or removed in the block, and its manifest to match.
 
     Until the block ends, the manifest says nothing of them: whatever happens meanwhile, it is true, and the block can
-    run again. It is exclusive; what others listed since the manifest was read stays listed.
+    run again. It is exclusive.
 
     Args:
         places: of the export.
-        message: its manifest, which is written anew.
         paths: of the files.
+
+    Yields:
+        The manifest as it is on the disk, which is written anew with what the block changes of it.
 
     Raises:
         CheckpointError: the disk does not take the manifest, or does not give the files.
     """
     with exclusive(places):
-        there = manifest.read_manifest(places.folder, pb.ExportManifest, MANIFEST)
-        del message.files[:]
-        message.files.extend(there.files)
+        message = manifest.read_manifest(places.folder, pb.ExportManifest, MANIFEST)
         with _unlisted(places, message, paths):
-            yield
+            yield message
 
 
 def replace_files(

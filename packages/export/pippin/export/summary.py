@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pippin.export.output import Places
+from pippin.export.table import aligned
 from pippin.export.weight_kinds import Cost, by_kind
 from pippin.v1 import export_pb2 as pb
 
+_WORDS = (0, 2)  # columns of words
 HEADER = ("kind of layer", "weights", "stored as", "bits a weight", "MB")
 
 
@@ -35,9 +37,9 @@ def measured_rows(exported: pb.ExportManifest) -> list[tuple[str, str]]:
 def summary_text(exported: pb.ExportManifest, places: Places, model: str, seconds: float) -> str:
     """All of it, as lines."""
     package = sum(f.bytes for f in exported.files if f.path.startswith(f"{places.package.name}/"))
-    lines = [*_aligned([HEADER, *cost_rows(exported)]), ""]
+    lines = [*aligned([HEADER, *cost_rows(exported)], _WORDS), ""]
     if measured := measured_rows(exported):
-        lines += [*_aligned([("measured", ""), *measured]), ""]
+        lines += [*aligned([("measured", ""), *measured], _WORDS), ""]
     room = f", adapters of rank {exported.adapter.rank}" if exported.HasField("adapter") else ""
     what = (
         f"{package / 1e6:,.1f} MB, a context of {exported.context_length} tokens, {exported.prefill_length} of a prompt "
@@ -54,15 +56,3 @@ def summary_text(exported: pb.ExportManifest, places: Places, model: str, second
 def _row(name: str, cost: Cost) -> tuple[str, ...]:
     schemes = ", ".join(sorted(cost.schemes))
     return name, f"{cost.count:,}", schemes, f"{cost.bits_per_weight:.3f}", f"{cost.num_bytes / 1e6:,.2f}"
-
-
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    words = (0, 2)  # to the left; numbers are to the right
-    return [
-        "  ".join(
-            cell.ljust(width) if i in words else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

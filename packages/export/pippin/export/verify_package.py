@@ -21,6 +21,7 @@ from pippin.export.model_source import ModelSource, open_source
 from pippin.export.output import Places, read_manifest
 from pippin.export.package_runner import PackageRunner, Sizes
 from pippin.export.program_sizes import prompt_length
+from pippin.export.table import aligned
 from pippin.export.verification import (
     Check,
     check_files,
@@ -144,9 +145,9 @@ def verify_package(request: Request) -> Report:
     if request.record and report.passed:
         assert isinstance(runner, PackageRunner)  # or it would not be recorded
         if request.adapter is None:
-            record(places, exported, parity, runner, source.name)
+            record(places, parity, runner, source.name)
         else:
-            record_adapter(places, exported, runner, request.adapter.stem)
+            record_adapter(places, runner, request.adapter.stem)
     return report
 
 
@@ -243,12 +244,14 @@ def _perplexity_checks(before: float, after: float, tokens: int, compressed: boo
 def _text(places: Places, checks: list[Check], length: int, seconds: float) -> str:
     rows = [("check", "found", "must be", "")]
     rows += [(c.name, c.found, c.rule, "ok" if c.passed else "FAILED") for c in checks]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     failed = sum(not check.passed for check in checks)
     verdict = "all checks passed" if not failed else f"{failed} of {len(checks)} checks FAILED"
     return "\n".join(
-        [*lines, "", f"{places.package}: {verdict}; a prompt of {length} tokens, in {seconds:.0f} s"]
+        [
+            *aligned(rows, words=range(len(rows[0]))),
+            "",
+            f"{places.package}: {verdict}; a prompt of {length} tokens, in {seconds:.0f} s",
+        ]
     )
 
 

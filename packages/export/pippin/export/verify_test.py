@@ -21,7 +21,14 @@ from pippin.export.mil.messages import model_messages
 from pippin.export.mil.spec import load_program
 from pippin.export.output import MANIFEST, Places, read_manifest, replace_file, rewriting
 from pippin.export.package_runner import PackageRunner, causal_mask
-from pippin.export.verification import EXACT_UNITS, FLOAT16_UNITS, Comparison, check_bytes, check_states
+from pippin.export.verification import (
+    EXACT_UNITS,
+    FLOAT16_UNITS,
+    Comparison,
+    check_bytes,
+    check_states,
+    compare,
+)
 from pippin.export.verify_package import Request, verify_package
 from pippin.v1 import export_pb2 as pb
 
@@ -181,20 +188,16 @@ def test_what_is_recorded_lies_in_the_manifest_and_is_read_back(copy):
 
 
 def test_what_the_export_measured_and_a_record_did_not_stays(copy):
-    message = read_manifest(copy.places)
-    message.parity.perplexity_before, message.parity.perplexity_after = 9.0, 10.0
-    with rewriting(copy.places, message, []):
-        pass
+    with rewriting(copy.places, []) as message:
+        message.parity.perplexity_before, message.parity.perplexity_after = 9.0, 10.0
     assert verify_package(request(copy, record=True)).passed
     found = read_manifest(copy.places).parity
     assert (found.perplexity_before, found.perplexity_after, found.decode_steps) == (9.0, 10.0, 4)
 
 
 def test_an_export_that_is_no_package_is_told_as_such(copy):
-    message = read_manifest(copy.places)
-    message.target = "gguf"
-    with rewriting(copy.places, message, []):
-        pass
+    with rewriting(copy.places, []) as message:
+        message.target = "gguf"
     with pytest.raises(
         PippinError, match="it is for gguf, and this command runs packages of Core ML and Core AI"
     ):
@@ -271,6 +274,28 @@ def test_an_adapter_is_recorded_beside_the_bare_model(with_room, tmp_path):
     ):
         assert golden["adapter_name"].tolist() == ["polite"] and "adapter_name" not in without
         assert np.abs(golden["logits_0"].astype(np.float32) - without["logits_0"]).max() > 0.05
+
+
+def test_what_others_wrote_while_it_ran_stays(with_room, tmp_path, monkeypatch):
+    root = with_room.places.package.parent
+    shutil.copytree(root, tmp_path / "copy")
+    copy = TinyExport(
+        tmp_path / "copy" / "model", Places.of(tmp_path / "copy" / with_room.places.package.name)
+    )
+    layout = read_manifest(copy.places).adapter
+    path = adapter_path(copy.places, "polite")
+    replace_file(path, adapter_file(np.zeros(layout.length, np.float16), layout))
+
+    def meanwhile(*args, **kwargs):
+        with rewriting(copy.places, [path]) as message:
+            message.parity.perplexity_after = 9.0
+        return compare(*args, **kwargs)
+
+    monkeypatch.setattr("pippin.export.verify_package.compare", meanwhile)
+    assert verify_package(request(copy, record=True, adapter=path)).passed
+    message = read_manifest(copy.places)
+    assert message.parity.perplexity_after == 9.0
+    assert {"tiny/adapters/polite.bin", "tiny/golden_polite.npz"} <= {file.path for file in message.files}
 
 
 def test_recording_that_is_killed_leaves_a_package_that_can_be_recorded(copy, monkeypatch):

@@ -16,6 +16,7 @@ from pippin.core.config_tree import override
 from pippin.core.errors import CheckpointError, ConfigError, PippinError
 from pippin.export.compress.config import MixedPaletteConfig, RecipeConfig
 from pippin.export.compress.recipes import RECIPES, recipe
+from pippin.export.table import aligned
 
 if TYPE_CHECKING:  # importing JAX takes seconds, which --help and --list need not
     from pippin.core.bundle import Bundle
@@ -221,14 +222,7 @@ def table(weights: Sequence[CompressedWeight]) -> str:
         forms = Counter(f"{w.scheme} {w.bits}" if w.scheme != "float16" else w.scheme for w in of)
         stored = ", ".join(f"{form} ({n})" for form, n in sorted(forms.items())) if kind != "all" else ""
         rows.append((kind, f"{count:,}", f"{8 * nbytes / count:.3f}", f"{nbytes / 1e6:.2f}", stored))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in (0, 4) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(aligned(rows, words=(0, 4)))
 
 
 if __name__ == "__main__":
