@@ -76,6 +76,9 @@ class _CoreAI(Target):
         with library_writes(places.package):
             lowered.program.save_asset(places.package, metadata)
 
+    def scratch_bytes(self, weight_bytes: int, options: Options) -> int:
+        return 2 * weight_bytes if options.verify_steps and self._dtype is np.float16 else 0
+
     def measured(
         self, package: Path, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
     ) -> dict[str, Comparison]:

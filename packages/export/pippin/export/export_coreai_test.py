@@ -1,6 +1,8 @@
 """The command: from a model on disk to a program for Core AI with all that goes with it, or to an error and nothing else."""
 
+import dataclasses
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,19 @@ def test_a_program_that_is_not_its_model_is_not_left_behind(
         capsys.readouterr().err,
     )
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_there_must_be_room_for_what_is_written_to_verify(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a program in float16 the same is written in float32 for a while."""
+    weights = sum(2 * values.size for values in t.model(t.TINY).flat.values())
+    free = (16 << 20) + int(1.5 * weights)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(free, 0, free))  # type: ignore[attr-defined]
+    options = CoreAIOptions(64, 24, recipe=NO_RECIPE, verify_steps=1)
+    with pytest.raises(CheckpointError, match=r"the disk has .* left. Make room"):
+        export_coreai(bundle, tmp_path / "x.aimodel", options)
+    export_coreai(bundle, tmp_path / "x.aimodel", dataclasses.replace(options, precision="float32"))
 
 
 def _base(params: Any) -> Any:

@@ -83,6 +83,10 @@ class Target(abc.ABC):
     ) -> None:
         """Writes the package, and what lies beside packages of this kind alone. The tokenizer is there already."""
 
+    def scratch_bytes(self, weight_bytes: int, options: Options) -> int:
+        """What the disk holds for a while when the package is measured, of so many bytes of weights; at most."""
+        return 0
+
     @abc.abstractmethod
     def measured(
         self, package: Path, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
@@ -126,7 +130,10 @@ def export_package(target: Target, model: str | Path, out: str | Path, options: 
         lowered = target.lower(source, options, lambda name: display.step(f"write {name}"))
         exported = _described(target, opened, source, lowered, options)
         # What was compressed lies in the package and in the bundle beside it.
-        num_bytes = sum(w.bytes for w in exported.weights) * (1 if source is opened else 2)
+        weight_bytes = sum(w.bytes for w in exported.weights)
+        num_bytes = weight_bytes * (1 if source is opened else 2) + target.scratch_bytes(
+            weight_bytes, options
+        )
         with new_export(out, target.suffix, num_bytes) as places:
             display.step("store the weights")
             write_tokenizer(source.tokenizer, places)
