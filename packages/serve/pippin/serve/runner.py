@@ -216,13 +216,14 @@ class ModelRunner:
         )
         # While one is traced, which takes Python's lock, others are compiled or read.
         with concurrent.futures.ThreadPoolExecutor(_COMPILING_THREADS + 1) as threads:
-            threads.submit(use_huge_pages, regions(jax.tree.leaves((self._params, self._cache))))
+            paging = threads.submit(use_huge_pages, regions(jax.tree.leaves((self._params, self._cache))))
             for shape, (seconds, program) in zip(
                 self.shapes(), threads.map(compiled, self.shapes()), strict=True
             ):
                 self._programs[shape] = program
                 self._sampler.warm_up(self._compute([], shape).logits)
                 told(shape, seconds)
+            paging.result()  # and its error, if there was one
 
     def _chunk_counts(self) -> list[int]:
         size = self.limits.row_tokens
