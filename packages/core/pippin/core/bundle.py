@@ -33,6 +33,7 @@ from pippin.core.stored_quantized import (
     stored_quantized,
 )
 from pippin.core.stored_tensor import StoredTensor, stored_tensor, write_tensors
+from pippin.core.tokenizer import tokenizer_files
 from pippin.v1 import model_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -238,9 +239,16 @@ def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _copy_tokenizer(source: Path, folder: Path) -> list[pb.StoredFile]:
     if not source.is_dir():
         raise CheckpointError(f"{source} is no folder of a tokenizer's files. Give one, or none.")
+    # The folder may be that of a whole model: its weights stay there.
+    found = tokenizer_files(source)
+    if not found:
+        raise CheckpointError(
+            f"{source} has no file of a tokenizer. Give a folder with tokenizer.json or tokenizer.model."
+        )
     copy = folder / TOKENIZER_FOLDER
-    shutil.copytree(source, copy)
-    files = sorted(p for p in copy.rglob("*") if p.is_file())
+    copy.mkdir()
+    files = sorted(copy / path.name for path in found)
     for path in files:
+        shutil.copyfile(source / path.name, path)
         manifest.sync(path)
     return [manifest.describe_file(folder, path) for path in files]

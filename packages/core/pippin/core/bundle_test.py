@@ -33,9 +33,10 @@ def make_params(seed: int = 0) -> dict:
 
 
 def make_tokenizer(folder: Path) -> Path:
-    (folder / "nested").mkdir(parents=True)
+    folder.mkdir(parents=True)
     (folder / "tokenizer.model").write_bytes(bytes(range(256)))
-    (folder / "nested/merges.txt").write_text("a b\n")
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights of the model that the folder is of")
     return folder
 
 
@@ -70,7 +71,8 @@ def test_a_bundle_is_read_as_it_was_written(tmp_path, max_file_bytes, num_files)
     assert bundle.component == OTHER
     assert bundle.provenance == provenance
     assert bundle.tokenizer is not None
-    assert (bundle.tokenizer / "nested/merges.txt").read_text() == "a b\n"
+    assert {p.name for p in bundle.tokenizer.iterdir()} == {"tokenizer.model", "tokenizer_config.json"}
+    assert (bundle.tokenizer / "tokenizer.model").read_bytes() == bytes(range(256))
     assert list(bundle.weights) == [
         "decoder.norm.weight",
         "decoder.proj.steps",
@@ -171,6 +173,10 @@ def test_a_bundle_is_never_overwritten_and_nothing_is_left_of_one_that_failed(tm
         save_bundle(directory, COMPONENT, make_params())
     with pytest.raises(CheckpointError, match="is no folder of a tokenizer's files"):
         save_bundle(tmp_path / "b", COMPONENT, make_params(), tokenizer=tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty has no file of a tokenizer"):
+        save_bundle(tmp_path / "b", COMPONENT, make_params(), tokenizer=tmp_path / "empty")
+    (tmp_path / "empty").rmdir()
     with pytest.raises(CheckpointError, match="w is complex64; a bundle holds float64"):
         save_bundle(tmp_path / "b", COMPONENT, {"w": np.ones(2, np.complex64)})
     with pytest.raises(CheckpointError, match="'a.b' is no name of a parameter"):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import os
@@ -23,6 +25,9 @@ from pippin.v1 import model_pb2 as pb
 
 FILE_NAME = "manifest.textproto"
 
+# Errors of a path, and not of the disk.
+_WRONG_PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG)
+
 _KIND = "# proto-message: "
 _CHECKSUM = "# sha256 of the lines above: "
 
@@ -34,7 +39,7 @@ class DamageError(CheckpointError):
         self.problems = tuple(problems)
         super().__init__(
             f"{directory} is damaged: {'; '.join(self.problems)}. Restore the file from a copy, "
-            "or use another checkpoint or bundle."
+            "or use another checkpoint, bundle or export."
         )
 
 
@@ -141,24 +146,59 @@ def new_directory(directory: Path, what: str, *errors: type[Exception]) -> Itera
         errors: that mean, beside OSError, that the disk did not take it.
 
     Raises:
-        CheckpointError: the directory is there already, or the disk did not take it.
+        CheckpointError: the directory is there already, another process writes it, or the disk did not take it.
     """
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    try:
+        require_absent(directory, what)
+        with _claimed(temporary, f"the {what} {directory}"):
+            require_absent(directory, what)  # whoever wrote it may have just ended
+            yield temporary
+            publish(temporary, directory)
+    except (OSError, *errors) as e:
+        raise CheckpointError(f"the {what} {directory} was not saved: {e}. {remedy(e)}") from e
+
+
+def require_absent(directory: Path, what: str) -> None:
+    """Raises CheckpointError where something is there already."""
     if directory.exists():
         raise CheckpointError(
             f"{directory} is there already. Remove it, or save the {what} to another directory."
         )
-    temporary = directory.with_name(f".{directory.name}.tmp")
+
+
+@contextlib.contextmanager
+def _claimed(temporary: Path, what: str) -> Iterator[None]:
+    """A block in which an empty temporary directory is this process's alone; what is left of it is then removed."""
+    temporary.mkdir(parents=True, exist_ok=True)
+    claim = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        remove(temporary)
-        temporary.mkdir(parents=True)
-        yield temporary
-        publish(temporary, directory)
-    except (OSError, *errors) as e:
-        raise CheckpointError(
-            f"the {what} {directory} was not saved: {e}. Make room or mend the disk."
-        ) from e
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = temporary.exists() and os.path.samestat(os.fstat(claim), temporary.stat())
+        except BlockingIOError:
+            is_ours = False
+        except OSError:  # a file system without locks
+            is_ours = True
+        if not is_ours:
+            raise CheckpointError(
+                f"another process writes {what} at this moment. Wait until it has ended, or choose another name."
+            )
+        try:
+            for left in temporary.iterdir():  # by a process that was killed
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            yield
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(claim)  # which unlocks it, as the end of the process does
+
+
+def remedy(error: Exception) -> str:
+    """What a person can do about an error of writing."""
+    if isinstance(error, OSError) and error.errno in _WRONG_PLACES:
+        return "Choose a place that exists and that you may write to."
+    return "Make room or mend the disk."
 
 
 def publish(temporary: Path, final: Path) -> None:

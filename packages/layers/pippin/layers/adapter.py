@@ -1,7 +1,6 @@
 """Adapters of models that were trained with LoRA; the command `bazel run //packages/layers:adapter` writes one."""
 
 import argparse
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,8 +10,9 @@ from flax import nnx
 
 from pippin.core.adapter import LowRank, save_adapter
 from pippin.core.bundle import Bundle
+from pippin.core.command_line import run_command
 from pippin.core.config import Config
-from pippin.core.errors import CheckpointError, PippinError
+from pippin.core.errors import CheckpointError
 from pippin.core.module import Params, flatten_params, unflatten_params
 from pippin.core.stored_tensor import signature
 from pippin.layers.causal_lm_config import CausalLMConfig
@@ -36,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", required=True, metavar="DIR", help="where the adapter is to lie; its last part is its name"
     )
     args = parser.parse_args(argv)
-    try:
-        bundle = open_model(args.model)
-        maps, base = adapter_of(bundle)
-        path = save_adapter(args.out, maps, base, bundle.provenance)
-    except PippinError as error:
-        print(f"adapter: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: _write_adapter(args))
+
+
+def _write_adapter(args: argparse.Namespace) -> int:
+    bundle = open_model(args.model)
+    maps, base = adapter_of(bundle)
+    path = save_adapter(args.out, maps, base, bundle.provenance)
     size = sum(a.size * 4 for pair in maps.values() for a in pair)
     rank = max(pair.down.shape[-1] for pair in maps.values())
     print(
@@ -132,5 +132,4 @@ class _Leaf:
 
 
 if __name__ == "__main__":
-    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))  # under bazel run: where the user typed it
     sys.exit(main())

@@ -1,12 +1,12 @@
 """The command `bazel run //packages/layers:convert`, and `pippin-convert`: a model from one form on disk to another."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pippin.core.errors import ConfigError, PippinError
+from pippin.core.command_line import run_command
+from pippin.core.errors import ConfigError
 
 _FORMS = ("bundle", "huggingface")
 
@@ -14,15 +14,13 @@ _FORMS = ("bundle", "huggingface")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = _parser().parse_args(argv)
-    # `bazel run` starts programs elsewhere; paths are relative to where the user typed.
-    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
-    try:
+
+    def told() -> int:
         convert(args.source, args.target, args.to)
-    except PippinError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    print(f"{args.target.absolute()}: {args.to}")
-    return 0
+        print(f"{args.target.absolute()}: {args.to}")
+        return 0
+
+    return run_command(told)
 
 
 def convert(source: Path, target: Path, form: str) -> None:

@@ -14,7 +14,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pippin.core.errors import CheckpointError, PippinError
+from pippin.core.command_line import run_command
+from pippin.core.errors import CheckpointError
 from pippin.layers.named_models import MODELS, Release, cached_path
 
 _CHUNK_BYTES = 1 << 20
@@ -25,12 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fetch", description="Fetches a model into the cache.")
     parser.add_argument("name", choices=MODELS, help="the model")
     args = parser.parse_args(argv)
-    try:
+
+    def told() -> int:
         print(fetch(args.name))
-    except PippinError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command(told)
 
 
 def fetch(name: str, cache_dir: Path | None = None) -> Path:

@@ -12,8 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pippin.core.command_line import run_command
 from pippin.layers import configs as _layers  # noqa: F401  so that --set knows every layer by its name
-from pippin.train.launch import choose_recipe, configure, exit_code
+from pippin.train.launch import choose_recipe, configure
 from pippin.train.recipe import load_file
 
 _EPILOG = """
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code: 0, 2 for a mistake of the user's, 1 if a step does not fit."""
     args = _parser().parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the arrays that a build needs live here
-    return exit_code(lambda: _run(args))
+    return run_command(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,14 +9,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from pippin.core.command_line import run_command
 from pippin.train.cluster.options import CLUSTERS, make_backend
-from pippin.train.launch import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = _parser().parse_args(argv)
-    return exit_code(lambda: _run(args))
+    return run_command(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:

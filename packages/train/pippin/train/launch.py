@@ -17,12 +17,13 @@ from pathlib import Path
 _STARTED = time.monotonic()
 
 from pippin.core import config_tree
+from pippin.core.command_line import run_command
 from pippin.core.component import to_text
-from pippin.core.errors import ConfigError, PippinError
+from pippin.core.errors import ConfigError
 from pippin.layers import configs as _layers  # noqa: F401  so that --set knows every layer by its name
 from pippin.train import recipe as recipes
 from pippin.train.cluster.environment import run_as_one
-from pippin.train.cluster.exit_codes import ERROR, PREEMPTED, UNAVAILABLE
+from pippin.train.cluster.exit_codes import PREEMPTED, UNAVAILABLE
 from pippin.train.cluster.options import add_options, job_arguments
 from pippin.train.errors import Preempted, Unavailable
 from pippin.train.trainer_config import TrainerConfig
@@ -44,24 +45,7 @@ def main(argv: Sequence[str] | None = None, at_end: Callable[[int], None] | None
     """Runs the command; returns its exit code, which `at_end` gets if it is not 0."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    return run_as_one(lambda: exit_code(lambda: _run(args, argv)), at_end)
-
-
-def exit_code(run: Callable[[], int]) -> int:
-    """What a command returns, run where the user typed it. A mistake of the user's is told in one line."""
-    # `bazel run` starts programs elsewhere; paths are relative to where the user typed.
-    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
-    try:
-        return run()
-    except PippinError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return ERROR
-    except OSError as e:
-        print(f"error: {e}. Check the path, the permissions and the room on the disk.", file=sys.stderr)
-        return ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_as_one(lambda: run_command(lambda: _run(args, argv)), at_end)
 
 
 def _parser() -> argparse.ArgumentParser:
