@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.smollm2_recovery import adapter_over
 from pippin.core.bundle import open_model
-from pippin.core.errors import PippinError
+from pippin.core.errors import CheckpointError, PippinError
 from pippin.core.tokenizer import load_tokenizer
 from pippin.export.compress import command
 from pippin.export.compress.evaluate import Evaluator
@@ -43,10 +43,12 @@ def main() -> int:
         "--recipe", default="mixed_3_7", choices=[name for name in RECIPES if name != _FLOATS]
     )
     parser.add_argument("--steps", type=int, default=80, help="of 1,024 tokens")
-    parser.add_argument("--out", type=Path, default=Path("benchmark_recovery"))
+    parser.add_argument(
+        "--out", type=Path, help="a folder (default: benchmark_recovery/ and the model's name)"
+    )
     args = parser.parse_args()
     os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
-    out = args.out.absolute()
+    out = (args.out or Path("benchmark_recovery", Path(args.model).name)).absolute()
     try:
         found = {name: _measured(args.model, name, args.steps, out) for name in (_FLOATS, args.recipe)}
     except PippinError as error:
@@ -74,12 +76,22 @@ def _measured(model: str, recipe: str, steps: int, out: Path) -> tuple[float, fl
     if not bundle.exists():
         _say(f"{recipe}: compress")
         _in_a_process(_compress, model, recipe, bundle)
+    require_made_of(bundle, model)
     _say(f"{recipe}: perplexity")
     before = _in_a_process(perplexity, bundle)
     _say(f"{recipe}: train a LoRA")
     _in_a_process(_train, bundle, _run(out, recipe), steps)
     _say(f"{recipe}: perplexity with it")
     return before, _in_a_process(perplexity, _run(out, recipe))
+
+
+def require_made_of(bundle: Path, model: str) -> None:
+    """Raises CheckpointError where a bundle that is there already is of another model."""
+    made_of = open_model(bundle).provenance.source
+    if made_of != model:
+        raise CheckpointError(
+            f"{bundle} was made of {made_of}, not of {model}. Give another --out, or remove it."
+        )
 
 
 def _run(out: Path, recipe: str) -> Path:

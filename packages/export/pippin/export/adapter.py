@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pippin.core.errors import CheckpointError, PippinError
+from pippin.core.command_line import run_command
+from pippin.core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pippin.export.adapter_files import Maps
@@ -22,14 +22,11 @@ SUFFIXES = (".mlpackage", ".aimodel")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = _parser().parse_args(argv)
-    # `bazel run` starts programs elsewhere; paths are relative to where the user typed.
-    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
-    try:
-        summary = add_adapters(args.package, args.adapter, model=args.model, replace=args.replace)
-    except PippinError as error:
-        print(f"adapter: {error}", file=sys.stderr)
-        return 2
-    print(summary)
+    return run_command(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    print(add_adapters(args.package, args.adapter, model=args.model, replace=args.replace))
     return 0
 
 

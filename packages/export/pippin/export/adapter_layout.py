@@ -29,6 +29,12 @@ def open_adapter(directory: str | Path) -> Adapter:
             f"there is no adapter {directory}: {'it is no directory' if Path(directory).exists() else 'no such directory'}. "
             "Give one that //packages/layers:adapter wrote."
         )
+    for file, what in (("trainer.textproto", "run"), ("model.safetensors", "model")):
+        if (Path(directory) / file).exists():
+            raise CheckpointError(
+                f"{directory} is a {what}, and no adapter. `//packages/layers:adapter --model {directory} --out NAME` writes the "
+                "adapter of one that was trained with LoRA: give that."
+            )
     return load_adapter(directory)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pippin.core.bundle import Bundle
 from pippin.export.coreai_runtime import CoreAIModel
 from pippin.export.jax_reference import JaxReference, stored_reference
-from pippin.export.measure import prompt_and_steps
+from pippin.export.measure import verified_prompt
 from pippin.export.program_sizes import Sizes
 from pippin.export.verification import PUBLISHED_UNITS, Comparison, compare
 
@@ -26,12 +26,12 @@ def measured(
         package: the program.
         model: whose weights it has.
         sizes: of the program.
-        steps: to decode, fewer where the caches are small.
+        steps: to decode, half of what the caches hold at most.
         in_float32: the same operations computed in float32, where those of the program are in float16, of which Linux
             computes so few a second that a prompt may take hours: these are run whole, and then a few steps of the
             program itself, and its `prefill` where that takes less than a minute.
     """
-    prompt, steps = prompt_and_steps(model, sizes.prefill_length, sizes.context_length, steps)
+    prompt = verified_prompt(model, sizes.prefill_length, sizes.context_length, steps)
     reference = stored_reference(model, len(prompt) + steps)
     if in_float32 is None:
         return {"coreai": _compared(package, reference, prompt, steps)}

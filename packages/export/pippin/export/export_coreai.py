@@ -80,20 +80,20 @@ class _CoreAI(Target):
         return 2 * weight_bytes if options.verify_steps and self._dtype is np.float16 else 0
 
     def measured(
-        self, package: Path, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
+        self, places: Places, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
     ) -> dict[str, Comparison]:
         from pippin.export.coreai_parity import measured  # it takes JAX
 
         if self._dtype is np.float32:
-            return measured(package, source.bundle, options, options.verify_steps)
-        with tempfile.TemporaryDirectory(dir=package.parent) as folder:
-            in_float32 = Path(folder) / package.name
+            return measured(places.package, source.bundle, options, options.verify_steps)
+        with tempfile.TemporaryDirectory(dir=places.package.parent) as folder:
+            in_float32 = Path(folder) / places.package.name
             progress("the same in float32", 1, 2)
             lowered = _lower(source, options, np.float32)
             with library_writes(in_float32):
                 lowered.program.save_asset(in_float32)
             progress("run", 2, 2)
-            return measured(package, source.bundle, options, options.verify_steps, in_float32)
+            return measured(places.package, source.bundle, options, options.verify_steps, in_float32)
 
 
 def _lower(

@@ -21,7 +21,7 @@ from pippin.export.compress.recipes import DEFAULT_RECIPE, NO_RECIPE
 from pippin.export.coreml_tools import ct
 from pippin.export.export_coreml import Options, export_coreml
 from pippin.export.output import Places, new_export, read_manifest
-from pippin.export.tiny_models import save_tiny
+from pippin.export.tiny_models import CONFIGS, save_byte_level, save_tiny
 from pippin.export.verification import PUBLISHED_UNITS, Comparison, read_adapter
 from pippin.layers import configs as c
 from pippin.layers.adapter import adapter_of, model_signature
@@ -154,7 +154,7 @@ def test_a_package_that_is_not_its_model_is_not_left_behind(
     bundle, tmp_path, monkeypatch, capsys, error, equal
 ):
     found = Comparison("float16", PUBLISHED_UNITS, error, 10.0, equal, 4, "")
-    monkeypatch.setattr("pippin.export.measure.parity", lambda *_: found)
+    monkeypatch.setattr("pippin.export.measure.compare", lambda *_, **__: found)
     out = tmp_path / "x.mlpackage"
     assert coreml.main(["--model", str(bundle), "--out", str(out), *_PLAIN]) == 2
     assert "does not compute what tiny does" in capsys.readouterr().err
@@ -178,6 +178,37 @@ def test_the_same_model_gives_the_same_bytes(bundle, tmp_path):
         subprocess.run([sys.executable, "-c", *program], check=True, capture_output=True)
     first, second = (_hashes(tmp_path / f"{name}.mlpackage") for name in ("a", "b"))
     assert first == second and len(first) == 3
+
+
+def test_what_a_mac_checks_lies_beside_the_package(bundle, tmp_path):
+    out = tmp_path / "x.mlpackage"
+    export_coreml(bundle, out, dataclasses.replace(_OPTIONS, verify_steps=4))
+    listed = {file.path for file in read_manifest(Places.of(out)).files}
+    assert {"x/golden.npz", "x/verify_on_mac.py"} <= listed
+    with np.load(tmp_path / "x" / "golden.npz", allow_pickle=False) as golden:
+        assert golden["functions"].tolist() == ["prefill"] * 2 + ["decode"] * 4
+
+
+def test_an_export_with_another_name_says_how_it_was_called(bundle, tmp_path):
+    export_coreml(bundle, tmp_path / "x.mlpackage", _OPTIONS)
+    (tmp_path / "x.mlpackage").rename(tmp_path / "y.mlpackage")
+    (tmp_path / "x").rename(tmp_path / "y")
+    with pytest.raises(CheckpointError, match="were written as x and x.mlpackage, by which"):
+        read_manifest(Places.of(tmp_path / "y.mlpackage"))
+
+
+def test_a_model_that_groups_do_not_fit_is_told_before_it_is_measured(tmp_path, capsys):
+    cfg = override(CONFIGS["tied"], {"decoder.layer.attention.head_dim": 10})
+    made = t.model(cfg)
+    tokenizer = save_byte_level(tmp_path / "tokenizer")
+    model = save_bundle(tmp_path / "model", made.cfg, made.params, tokenizer=tokenizer)
+    assert coreml.main(["--model", str(model), "--out", str(tmp_path / "x.mlpackage"), *_SIZES]) == 2
+    told = capsys.readouterr().err
+    assert (
+        "whose outputs (20) do not split into groups of 16. Take a recipe without groups, such as int8"
+        in told
+    )
+    assert "calibrating" not in told
 
 
 def test_damage_is_found(bundle, tmp_path):
@@ -260,6 +291,20 @@ def test_mistakes_are_told_without_a_stack_trace(bundle, tmp_path, capsys):
         (["--model", str(bundle), "--out", str(tmp_path / "there.mlpackage")], "is there already"),
         (["--model", str(bundle), "--out", "x.mlpackage", "--context", "100"], "multiple of 32"),
         (["--model", str(bundle), "--out", "x.mlpackage", "--recipe", "int9"], "there is no recipe 'int9'"),
+        (["--model", str(bundle), "--out", "x.mlpackage", "--context", "32"], "Set prefill to 32"),
+        (
+            ["--model", str(bundle), "--out", f"{__file__}/x.mlpackage"],
+            "export_coreml_test.py is no folder. Choose",
+        ),
+        (["--model", str(bundle), "--out", f"{'x' * 300}.mlpackage"], "Choose a place that exists"),
+        (
+            ["--model", str(bundle), "--out", "x.mlpackage", "--adapter", str(bundle)],
+            "is a model, and no adapter",
+        ),
+        (
+            ["--model", str(bundle), "--out", "x.mlpackage", "--context", "64", "--verify-steps", "33"],
+            "there is room for 32 behind a prompt",
+        ),
         (["--model", str(bundle), "--out", "x.mlpackage", "--verify-steps", "-1"], "both must be 0"),
         (
             ["--model", str(bundle), "--out", "x.mlpackage", "--adapter", "nosuch"],
@@ -335,3 +380,6 @@ def test_a_model_that_was_trained_with_rounded_weights_is_exported_as_it_was_rou
     assert coreml.main(["--model", str(model), "--out", str(out), *_SIZES, "--verify-steps", "4"]) == 0
     assert {w.bits for w in read_manifest(Places.of(out)).weights} == {2, 4, 16}
     assert verify.main([str(out), "--model", str(model), "--steps", "4"]) == 0, capsys.readouterr().out
+    again = ["--model", str(model), "--out", str(tmp_path / "y.mlpackage"), *_SIZES, "--recipe", "int8"]
+    assert coreml.main(again) == 2
+    assert "was trained with rounded weights. Export it without --recipe" in capsys.readouterr().err

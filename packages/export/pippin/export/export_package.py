@@ -57,6 +57,12 @@ class Options(Sizes):
                 "to verify; both must be 0, for not at all, or more."
             )
 
+        if self.verify_steps > self.context_length // 2:
+            raise ConfigError(
+                f"{self.verify_steps} tokens are to be decoded to verify; in a context of {self.context_length} there is room "
+                f"for {self.context_length // 2} behind a prompt. Verify with fewer, or make the context larger."
+            )
+
     @property
     def num_steps(self) -> int:
         """That a person sees go by."""
@@ -89,9 +95,12 @@ class Target(abc.ABC):
 
     @abc.abstractmethod
     def measured(
-        self, package: Path, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
+        self, places: Places, source: ModelSource, options: Options, progress: Callable[[str, int, int], None]
     ) -> Mapping[str, Comparison]:
-        """How far the saved package is from its model in JAX, by each runtime; the manifest has the first."""
+        """How far the saved package is from its model in JAX, by each runtime; the manifest has the first.
+
+        What is worth keeping of it may be written beside the package.
+        """
 
 
 def export_package(target: Target, model: str | Path, out: str | Path, options: Options) -> str:
@@ -212,7 +221,7 @@ def _measure(
         exported.parity.perplexity_before, exported.parity.perplexity_after = before, after
     if options.verify_steps:
         display.step("verify")
-        found = target.measured(places.package, source, options, display.part)
+        found = target.measured(places, source, options, display.part)
         for runtime, comparison in found.items():
             _require_same(source.name, runtime, comparison)
         exported.parity.MergeFrom(next(comparison.parity(runtime) for runtime, comparison in found.items()))

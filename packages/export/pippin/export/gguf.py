@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pippin.core.errors import CheckpointError, ConfigError, PippinError
+from pippin.core.command_line import run_command
+from pippin.core.errors import CheckpointError, ConfigError
 from pippin.core.manifest import describe_file, new_directory, sync
 from pippin.export.output import require_room
 from pippin.export.progress import Advance, bytes_progress, no_progress
@@ -30,29 +30,27 @@ SUFFIX = ".gguf"
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = _parser().parse_args(argv)
-    # `bazel run` starts programs elsewhere; paths are relative to where the user typed.
-    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
-    try:
-        from pippin.layers.model_files import open_model
-        from pippin.layers.named_models import find_model
+    return run_command(lambda: _run(args))
 
-        _require_new(args.out)
-        source = find_model(args.model)
-        model = stacked_model(open_model(source))
-        total = sum(4 * np.prod(a.shape, dtype=np.int64) for a in model.parameters.values())
-        with bytes_progress("reading", int(total)) as advance:
-            manifest = export_gguf(
-                model,
-                args.out,
-                type_name=args.type,
-                name=args.name or source.stem,
-                context_length=args.context_length,
-                source=str(source),
-                advance=advance,
-            )
-    except PippinError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+
+def _run(args: argparse.Namespace) -> int:
+    from pippin.layers.model_files import open_model
+    from pippin.layers.named_models import find_model
+
+    _require_new(args.out)
+    source = find_model(args.model)
+    model = stacked_model(open_model(source))
+    total = sum(4 * np.prod(a.shape, dtype=np.int64) for a in model.parameters.values())
+    with bytes_progress("reading", int(total)) as advance:
+        manifest = export_gguf(
+            model,
+            args.out,
+            type_name=args.type,
+            name=args.name or source.stem,
+            context_length=args.context_length,
+            source=str(source),
+            advance=advance,
+        )
     size = args.out.stat().st_size
     print(f"{args.out.absolute()}: {size / 1e6:,.1f} MB, {manifest.bits_per_weight:.3g} bits per weight")
     return 0

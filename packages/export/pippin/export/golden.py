@@ -73,7 +73,7 @@ def record(places: Places, parity: pb.ExportParity, runner: PackageRunner, name:
         if parity.perplexity_after:
             exported.parity.perplexity_before = 0  # of other text
         exported.parity.MergeFrom(parity)  # what was not measured again stays
-        _write(places, golden_arrays(runner.calls, runner))
+        write_golden(places, runner)
         replace_file(report, report_page(name, exported).encode())
 
 
@@ -88,11 +88,18 @@ def record_adapter(places: Places, runner: PackageRunner, adapter: str) -> None:
         adapter: its name; it lies beside the package.
     """
     with rewriting(places, [golden_path(places, adapter), places.folder / SCRIPT]):
-        _write(places, golden_arrays(runner.calls, runner, adapter), adapter)
+        write_golden(places, runner, adapter)
 
 
-def _write(places: Places, arrays: dict[str, np.ndarray], adapter: str = "") -> None:
+def write_golden(places: Places, runner: PackageRunner, adapter: str = "") -> None:
+    """Writes golden vectors and the check for a Mac beside a package; its manifest is someone else's to write.
+
+    Args:
+        places: of the package.
+        runner: that read a text in the exact mode, whose calls are recorded.
+        adapter: the name of that with which it did; it lies beside the package.
+    """
     vectors = io.BytesIO()
-    np.savez_compressed(vectors, allow_pickle=False, **arrays)
+    np.savez_compressed(vectors, allow_pickle=False, **golden_arrays(runner.calls, runner, adapter))
     replace_file(golden_path(places, adapter), vectors.getvalue())
     replace_file(places.folder / SCRIPT, Path(verify_on_mac.__file__).read_bytes())

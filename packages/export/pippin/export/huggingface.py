@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pippin.core.errors import PippinError
+from pippin.core.command_line import run_command
 from pippin.core.manifest import describe_file
 from pippin.core.tokenizer import copy_tokenizer, read_tokenizer_object
 from pippin.export.output import require_room
@@ -27,23 +26,19 @@ from pippin.v1 import export_pb2 as pb
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = _parser().parse_args(argv)
-    # `bazel run` starts programs elsewhere; paths are relative to where the user typed.
-    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
-    try:
-        from pippin.layers.model_files import open_model
-        from pippin.layers.named_models import find_model
+    return run_command(lambda: _run(args))
 
-        source = find_model(args.model)
-        require_new(args.out, "model")
-        model = stacked_model(open_model(source))
-        total = sum(math.prod(a.shape) * _dtype(a, args.dtype).itemsize for a in model.parameters.values())
-        with bytes_progress("writing", total) as advance:
-            manifest = export_huggingface(
-                model, args.out, dtype=args.dtype, source=str(source), advance=advance
-            )
-    except PippinError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+
+def _run(args: argparse.Namespace) -> int:
+    from pippin.layers.model_files import open_model
+    from pippin.layers.named_models import find_model
+
+    source = find_model(args.model)
+    require_new(args.out, "model")
+    model = stacked_model(open_model(source))
+    total = sum(math.prod(a.shape) * _dtype(a, args.dtype).itemsize for a in model.parameters.values())
+    with bytes_progress("writing", total) as advance:
+        manifest = export_huggingface(model, args.out, dtype=args.dtype, source=str(source), advance=advance)
     size = sum(weight.bytes for weight in manifest.weights)
     print(f"{args.out.absolute()}: {size / 1e6:,.1f} MB, {manifest.bits_per_weight:g} bits per weight")
     if model.tokenizer is not None and not (args.out / "tokenizer.json").is_file():

@@ -17,7 +17,7 @@ from pippin.export.jax_reference import stored_reference
 from pippin.export.mil.interpreter import Interpreter, Mode
 from pippin.export.mil.spec import load_program
 from pippin.export.model_source import ModelSource
-from pippin.export.package_runner import PackageRunner
+from pippin.export.package_runner import PackageRunner, sizes
 from pippin.export.program_sizes import prompt_length
 from pippin.export.verification import PUBLISHED_UNITS, Comparison, compare, prompt_ids
 
@@ -59,41 +59,47 @@ def perplexities(
 
 def parity(
     package: Path, model: Bundle, steps: int, progress: Callable[[str, int, int], None] = lambda *_: None
-) -> Comparison:
-    """A saved package beside its model: a prompt in two parts, and greedy decoding, in the package's own float16.
+) -> tuple[dict[Mode, Comparison], PackageRunner]:
+    """A saved package beside its model: a prompt in two parts, and greedy decoding, in each mode.
 
     Args:
         package: which is run by an interpreter that knows nothing of how it was written.
         model: whose weights it has.
-        steps: to decode, fewer where the caches are small.
+        steps: to decode, half of what the caches hold at most.
         progress: is told what is done, how far it is, and of how much.
+
+    Returns:
+        The comparisons, and what ran the program without rounding in between.
     """
-    mode = Mode.FLOAT16
-    runner = PackageRunner(Interpreter(load_program(package), mode))
-    size = runner.sizes
-    prompt, steps = prompt_and_steps(model, size.prefill, size.context, steps)
+    program = load_program(package)
+    size = sizes(program)
+    prompt = verified_prompt(model, size.prefill, size.context, steps)
+    reference = stored_reference(model, len(prompt) + steps)
     done = 0
 
     def advance(what: str) -> None:
         nonlocal done
         done += 1
-        progress("verify", done, steps + 2)
+        progress("verify", done, 2 * (steps + 2))
 
-    reference = stored_reference(model, len(prompt) + steps)
-    return compare(mode.value, runner, reference, prompt, steps, units=PUBLISHED_UNITS, progress=advance)
+    runners = {mode: PackageRunner(Interpreter(program, mode)) for mode in (Mode.FLOAT16, Mode.EXACT)}
+    found = {
+        mode: compare(mode.value, runner, reference, prompt, steps, units=PUBLISHED_UNITS, progress=advance)
+        for mode, runner in runners.items()
+    }
+    return found, runners[Mode.EXACT]
 
 
-def prompt_and_steps(model: Bundle, prefill: int, context: int, steps: int) -> tuple[list[int], int]:
-    """A prompt of `prompt_length` tokens, and how many steps fit behind it.
+def verified_prompt(model: Bundle, prefill: int, context: int, steps: int) -> list[int]:
+    """What a package reads to be verified: a prompt of `prompt_length` tokens.
 
     Args:
         model: with its tokenizer, where it has one.
         prefill: tokens of a prompt that are read at a time.
         context: tokens that the caches hold.
-        steps: that are wanted.
+        steps: that are decoded.
     """
-    steps = min(steps, context // 2)
-    return prompt_ids(model, evaluation_text(), prompt_length(prefill, context, steps)), steps
+    return prompt_ids(model, evaluation_text(), prompt_length(prefill, context, steps))
 
 
 def _numbers(values: object, stored: bool) -> np.ndarray:

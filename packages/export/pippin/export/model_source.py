@@ -105,10 +105,14 @@ def compressed(
     from pippin.export.compress.text import batches, calibration_text
 
     cfg = recipe(recipe_name)
-    if source.recipe:
+    if source.rounded:
+        how = (
+            f"is compressed already, by {source.recipe}"
+            if source.recipe
+            else "was trained with rounded weights"
+        )
         raise ConfigError(
-            f"{source.bundle.directory} is compressed already, by {source.recipe}. Export it without --recipe, or export "
-            "the model that it was made of."
+            f"{source.bundle.directory} {how}. Export it without --recipe, or export the model that it was made of."
         )
     text = []
     if needs_calibration(cfg):

@@ -46,7 +46,7 @@ def require_free(package: str | Path, suffix: str) -> Places:
     """The places of an export that is to be written.
 
     Raises:
-        CheckpointError: the name has another suffix, or something is there already.
+        CheckpointError: the name has another suffix, something is there already, or nothing can be written there.
     """
     places = Places.of(package)
     if places.package.suffix != suffix:
@@ -54,12 +54,20 @@ def require_free(package: str | Path, suffix: str) -> Places:
             f"{package} does not end in {suffix}, by which Apple's tools know what it is. Call it "
             f"{Path(package).name}{suffix}."
         )
-    for path in (places.package, places.folder):
-        if path.exists():
-            raise CheckpointError(
-                f"{path} is there already. Remove it, or export to another name: a package and the folder beside it, "
-                "which has the same name, are written together."
-            )
+    try:
+        for path in (places.package, places.folder):
+            if path.exists():
+                raise CheckpointError(
+                    f"{path} is there already. Remove it, or export to another name: a package and the folder beside it, "
+                    "which has the same name, are written together."
+                )
+        there = next(parent for parent in places.package.parents if parent.exists())
+        writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except OSError as e:
+        raise CheckpointError(f"{package} cannot be written: {e}. {manifest.remedy(e)}") from e
+    if not writable:
+        what = "is no folder that you may write to" if there.is_dir() else "is no folder"
+        raise CheckpointError(f"{package} cannot be written: {there} {what}. Choose another place.")
     return places
 
 
@@ -105,7 +113,7 @@ def library_writes(package: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        raise CheckpointError(f"{package.name} was not saved: {e}. Make room or mend the disk.") from e
+        raise CheckpointError(f"{package.name} was not saved: {e}. {manifest.remedy(e)}") from e
 
 
 def write_tokenizer(source: Path | None, places: Places) -> None:
@@ -235,7 +243,7 @@ def _disk_takes(path: Path, done: str = "written", draft: Path | None = None) ->
     except OSError as e:
         if draft is not None:
             _discard(draft)
-        raise CheckpointError(f"{path} was not {done}: {e}. Make room or mend the disk.") from e
+        raise CheckpointError(f"{path} was not {done}: {e}. {manifest.remedy(e)}") from e
 
 
 @contextlib.contextmanager
@@ -277,6 +285,13 @@ def read_manifest(places: Places) -> pb.ExportManifest:
         CheckpointError: the manifest is of another kind.
     """
     message = manifest.read_manifest(places.folder, pb.ExportManifest, MANIFEST)
+    written_as = {file.path.partition("/")[0] for file in message.files}
+    if message.files and not written_as & {places.package.name, places.folder.name}:
+        names = " and ".join(sorted(written_as))
+        raise CheckpointError(
+            f"{places.package.name} and the folder beside it were written as {names}, by which their manifest names their files. "
+            "Give both these names again, or export the model under the new one."
+        )
     if problems := manifest.file_problems(places.package.parent, message.files):
         raise manifest.DamageError(places.package, problems)
     return message

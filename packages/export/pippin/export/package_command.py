@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pippin.core.errors import PippinError
+from pippin.core.command_line import run_command
 from pippin.export.compress.recipes import DEFAULT_RECIPE, NO_RECIPE
 
 
@@ -101,12 +99,9 @@ def run(
 ) -> int:
     """Runs a command; returns its exit code. What `export` returns of the arguments is printed."""
     args = parser.parse_args(argv)
-    # `bazel run` starts programs elsewhere; paths are relative to where the user typed.
-    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
-    try:
-        summary = export(args)
-    except PippinError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    print(summary)
-    return 0
+
+    def told() -> int:
+        print(export(args))
+        return 0
+
+    return run_command(told)

@@ -36,7 +36,7 @@ class Sizes:
         if not 1 < self.prefill_length <= self.context_length:
             raise ConfigError(
                 f"prefill reads {self.prefill_length} tokens at a time; it must be from 2 to the {self.context_length} of "
-                "the context. 64 is a good number for most models."
+                f"the context. Set prefill to {min(64, self.context_length)}, or make the context larger."
             )
         if self.adapter_rank < 0:
             raise ConfigError(f"the adapter rank is {self.adapter_rank}; it must be 0, for none, or more.")

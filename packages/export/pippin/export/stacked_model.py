@@ -13,6 +13,7 @@ from pippin.core.config_tree import diff, traverse
 from pippin.core.errors import CheckpointError, ConfigError
 from pippin.core.quantized_array import Palettized
 from pippin.core.stored_tensor import StoredTensor, signature
+from pippin.export.stored_weights import SOUND_WEIGHTS
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.quant.fake_quant_config import (
     FakeQuantEmbeddingConfig,
@@ -55,8 +56,7 @@ class LazyArray:
         # As float32, since not every type has all functions of NumPy.
         if not np.isfinite(values.astype(np.float32, copy=False)).all():
             raise CheckpointError(
-                f"{self.path} holds NaN or infinity, which no runtime computes with. Export an earlier step, from before "
-                "training diverged."
+                f"{self.path} holds NaN or infinity, which no runtime computes with. {SOUND_WEIGHTS}"
             )
         if values.dtype == self.dtype:
             return values

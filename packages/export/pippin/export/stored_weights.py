@@ -8,6 +8,11 @@ from pippin.core.errors import CheckpointError
 from pippin.core.quantized_array import Palettized, QuantizedArray, Scaled
 from pippin.v1 import export_pb2 as pb
 
+# What to do about weights that are not finite.
+SOUND_WEIGHTS = (
+    "Take an earlier step of its training, from before its weights grew so, or another copy of the model."
+)
+
 _MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
 
@@ -24,7 +29,7 @@ def as_float16(name: str, values: np.ndarray) -> np.ndarray:
         where = tuple(int(i) for i in np.argwhere(~finite)[0])
         raise CheckpointError(
             f"{name}{list(where)} is {values[where]}; a package holds finite numbers up to {_MAX_FLOAT16:g}, the largest "
-            "of float16. Export an earlier step of the training run, from before its weights grew so."
+            f"of float16. {SOUND_WEIGHTS}"
         )
     return rounded
 

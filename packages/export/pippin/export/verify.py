@@ -8,19 +8,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pippin.core.errors import PippinError
+from pippin.core.command_line import run_command
 
-_OK, _FAILED, _USER_ERROR = 0, 1, 2
+_OK, _FAILED = 0, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0 if all checks passed, 1 if one failed, and 2 if it could not be asked."""
     args = _parser().parse_args(argv)
-    # `bazel run` starts programs elsewhere; paths are relative to where the user typed.
-    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
     # Before NumPy is imported. Its threads wait for each other by spinning: on a busy machine that takes five times as
     # long; and sums of one thread are the same on every machine.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    return run_command(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     from pippin.core.manifest import DamageError
     from pippin.export.verify_package import Request, verify_package
 
@@ -38,11 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = verify_package(request)
     except DamageError as error:
-        print(f"verify: FAILED: {error}", file=sys.stderr)
+        print(f"FAILED: {error}", file=sys.stderr)
         return _FAILED
-    except PippinError as error:
-        print(f"verify: {error}", file=sys.stderr)
-        return _USER_ERROR
     print(report.text)
     return _OK if report.passed else _FAILED
 

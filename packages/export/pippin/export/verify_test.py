@@ -69,7 +69,7 @@ def test_the_command_tells_by_its_exit_code(export, capsys):
     assert verify.main(given) == 0
     assert "exact: greedy tokens" in capsys.readouterr().out
     assert verify.main([*given[:2], str(export.model / "none"), *given[3:]]) == 2
-    assert "verify: " in capsys.readouterr().err
+    assert "error: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", [_WEIGHTS, _MODEL, Path("Manifest.json")])

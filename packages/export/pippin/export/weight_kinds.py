@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from pippin.v1 import export_pb2 as pb
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_MATRIX = re.compile(r"(?:.*\.)?(\w+?)(?:\.base)?\.weight")
+_MATRIX = re.compile(r"(?:.*\.)?(\w+)\.weight")
+_LOW_RANK = re.compile(r".*\.(?:down|up)")  # of a linear map with LoRA
+_ADDED = "LoRA"
 _OTHERS = "norms and biases"
 _AROUND = "ends"  # what is in no layer
 
@@ -47,7 +49,9 @@ def by_layer(weights: Iterable[pb.ExportedWeight]) -> dict[str, dict[str, Cost]]
 
 
 def _kind(name: str) -> str:
-    match = _MATRIX.fullmatch(name)
+    if _LOW_RANK.fullmatch(name):
+        return _ADDED
+    match = _MATRIX.fullmatch(name.replace(".base.", "."))
     return match[1] if match else _OTHERS
 
 

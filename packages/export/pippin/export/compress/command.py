@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from collections import Counter
@@ -12,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pippin.core.command_line import run_command
 from pippin.core.config_tree import override
-from pippin.core.errors import CheckpointError, ConfigError, PippinError
+from pippin.core.errors import CheckpointError, ConfigError
 from pippin.export.compress.config import MixedPaletteConfig, RecipeConfig
 from pippin.export.compress.recipes import RECIPES, recipe
 from pippin.export.table import aligned
@@ -27,22 +27,12 @@ if TYPE_CHECKING:  # importing JAX takes seconds, which --help and --list need n
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = _parser().parse_args(argv)
-    # `bazel run` starts programs elsewhere; paths are relative to where the user typed.
-    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
-    if args.list:
-        print(_listing())
+
+    def told() -> int:
+        print(_listing() if args.list else _run(args))
         return 0
-    try:
-        absent = [name for name in ("model", "recipe", "out") if getattr(args, name) is None]
-        if absent:
-            raise ConfigError(
-                f"--{absent[0]} is not given. A model, a recipe and a place for the result are needed."
-            )
-        print(_run(args))
-    except PippinError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(told)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,6 +116,11 @@ def _configured(args: argparse.Namespace) -> RecipeConfig:
 
 def _run(args: argparse.Namespace) -> str:
     """Compresses a model and writes it; returns what to tell of it."""
+    absent = [name for name in ("model", "recipe", "out") if getattr(args, name) is None]
+    if absent:
+        raise ConfigError(
+            f"--{absent[0]} is not given. A model, a recipe and a place for the result are needed."
+        )
     started = time.monotonic()
     cfg = _configured(args)
     if args.out.exists():

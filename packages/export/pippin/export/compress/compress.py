@@ -23,8 +23,8 @@ from pippin.export.compress.config import (
     ScaleConfig,
     Weighting,
 )
-from pippin.export.compress.palettize import require_float16
-from pippin.export.compress.scaled import Scaler
+from pippin.export.compress.palettize import require_float16, require_groups
+from pippin.export.compress.scaled import Scaler, require_blocks
 from pippin.export.compress.sensitivity import importance, options
 from pippin.layers.causal_lm_config import CausalLMConfig
 from pippin.layers.quant.settle import settled
@@ -96,9 +96,6 @@ def compress(
     for name, values in flatten_params(params).items():
         if not _is_stored(values):
             require_float16(name, np.asarray(values))
-    statistics = {}
-    if needs_calibration(recipe):
-        statistics = _calibrated(cfg, floats(params), batches, progress)
     component, tree = settled(cfg, params)
     flat = {
         name: values if _is_stored(values) else np.asarray(values)
@@ -106,6 +103,12 @@ def compress(
     }
     infos = flatten_params(parameter_infos(nnx.eval_shape(lambda: component.build(rngs=nnx.Rngs(0)))))
     roles = {name: _role(infos[name]) for name in flat}
+    for name, role in roles.items():
+        if not _is_stored(flat[name]):
+            _require_fit(name, flat[name].shape, _of_role(recipe, role), role)
+    statistics = {}
+    if needs_calibration(recipe):
+        statistics = _calibrated(cfg, floats(params), batches, progress)
     chosen = _chosen(recipe, roles, flat, statistics, progress)
     result, weights = {}, []
     for i, (name, values) in enumerate(flat.items()):
@@ -150,6 +153,23 @@ def _is_stored(values: Any) -> bool:
     return isinstance(values, Palettized | Scaled)
 
 
+def _of_role(recipe: RecipeConfig, role: str) -> Any:
+    """The config of a recipe for the parameters of a role."""
+    of_role = {"linear": recipe.linear, EMBEDDING: recipe.embedding, HEAD: recipe.head}
+    return of_role.get(role, Float16Config())
+
+
+def _require_fit(name: str, shape: Sequence[int], cfg: Any, role: str) -> None:
+    """Raises QuantizationError where groups or blocks do not fit: before the model is measured, which takes long."""
+    match cfg:
+        case PaletteConfig():
+            require_groups(name, shape, cfg)
+        case MixedPaletteConfig():
+            require_groups(name, shape, cfg.palette)
+        case ScaleConfig():
+            require_blocks(name, shape, cfg, rows=role == EMBEDDING)
+
+
 def _kind(info: ParameterInfo, role: str) -> str:
     for kind in ("attention", "feed_forward", "router"):
         if kind in info.provides:
@@ -166,8 +186,7 @@ def _chosen(
 ) -> dict[str, Any]:
     """The config that each parameter is compressed by."""
     linear = recipe.linear
-    of_role = {"linear": linear, EMBEDDING: recipe.embedding, HEAD: recipe.head, OTHER: Float16Config()}
-    chosen = {name: of_role[role] for name, role in roles.items()}
+    chosen = {name: _of_role(recipe, role) for name, role in roles.items()}
     names = [name for name, role in roles.items() if role == "linear" and not _is_stored(flat[name])]
     if not isinstance(linear, MixedPaletteConfig) or not names:
         return chosen

@@ -13,6 +13,7 @@ from pippin.core.errors import QuantizationError
 from pippin.core.quantized_array import Palettized
 from pippin.export.compress import clusters
 from pippin.export.compress.config import GroupAxis, PaletteConfig
+from pippin.export.stored_weights import SOUND_WEIGHTS
 
 _CHUNK = 1 << 20  # weights that are worked on at a time, on each core
 _MOST_COUNTED = 6  # bits
@@ -117,13 +118,8 @@ class _Cut:
     @classmethod
     def of(cls, name: str, weight: np.ndarray, importance: Importance | None, cfg: PaletteConfig) -> _Cut:
         require_float16(name, weight)
+        require_groups(name, weight.shape, cfg)
         of_outputs = cfg.axis is GroupAxis.OUTPUTS
-        along = weight.shape[-1] if of_outputs else weight.shape[-2]
-        if along % cfg.group_size:
-            raise QuantizationError(
-                f"{name} is {list(weight.shape)}, whose {cfg.axis.value} ({along}) do not split into groups of "
-                f"{cfg.group_size}. Set group_size to a divisor of {along}, or axis to the other one."
-            )
         *_, rows, columns = weight.shape
         return cls(
             weight.reshape(-1, rows, columns),
@@ -183,6 +179,17 @@ class _Cut:
         return block.reshape(-1, groups, self.size).transpose(1, 0, 2).reshape(groups, -1)
 
 
+def require_groups(name: str, shape: Sequence[int], cfg: PaletteConfig) -> None:
+    """Raises QuantizationError unless a weight splits into the groups that share tables."""
+    along = shape[-1] if cfg.axis is GroupAxis.OUTPUTS else shape[-2]
+    if along % cfg.group_size:
+        raise QuantizationError(
+            f"{name} is {list(shape)}, whose {cfg.axis.value} ({along}) do not split into groups of {cfg.group_size}. Take a "
+            f"recipe without groups, such as int8, or compress with a group_size that divides {along} or along the other axis: "
+            "//packages/export:compress --set linear.group_size=N, or linear.axis."
+        )
+
+
 def require_float16(name: str, weight: np.ndarray) -> None:
     """Raises QuantizationError unless float16 holds all numbers of a weight."""
     most = float(np.finfo(np.float16).max)
@@ -190,8 +197,7 @@ def require_float16(name: str, weight: np.ndarray) -> None:
     if not (-most <= low and high <= most):  # NaN is neither
         got = f"numbers from {low} to {high}" if np.isfinite([low, high]).all() else "NaN or infinity"
         raise QuantizationError(
-            f"{name} holds {got}; what is exported is finite in float16, {most} at most. Train the model again from a step "
-            "before that."
+            f"{name} holds {got}; what is exported is finite in float16, {most} at most. {SOUND_WEIGHTS}"
         )
 
 

@@ -93,7 +93,7 @@ def _with(value: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("weight, fields, message", [
-    (normal(32, 40), {}, r"head.weight is \[32, 40\], whose outputs \(40\) do not split into groups of 16. Set group_size"),
+    (normal(32, 40), {}, r"head.weight is \[32, 40\], whose outputs \(40\) do not split into groups of 16. Take a"),
     (normal(40, 32), {"axis": GroupAxis.INPUTS}, r"whose inputs \(40\) do not split"),
     (_with(np.nan), {}, "head.weight holds NaN or infinity; what is exported is finite"),
     (_with(np.inf), {}, "head.weight holds NaN or infinity"),

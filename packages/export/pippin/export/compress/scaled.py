@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from pippin.core.errors import QuantizationError
@@ -12,6 +14,17 @@ from pippin.export.compress.palettize import Importance, require_float16
 # Of the largest number in a block: with few levels, a finer step for the others is worth more than the largest.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 _SMALLEST = float(np.finfo(np.float16).smallest_normal)
+
+
+def require_blocks(name: str, shape: Sequence[int], cfg: ScaleConfig, *, rows: bool = False) -> None:
+    """Raises QuantizationError unless a weight splits into the blocks that share a scale; see `Scaler.compress`."""
+    along = shape[-1 if rows else -2]
+    if cfg.block_size is not None and along % cfg.block_size:
+        raise QuantizationError(
+            f"{name} is {list(shape)}, whose dim of {along} does not split into blocks of {cfg.block_size}. Take a recipe "
+            f"without blocks, such as int8, or compress with a block_size that divides {along}: //packages/export:compress "
+            "--set linear.block_size=N."
+        )
 
 
 class Scaler:
@@ -37,13 +50,9 @@ class Scaler:
             QuantizationError: blocks do not fit the weight, or float16 does not hold its numbers.
         """
         require_float16(name, weight)
+        require_blocks(name, weight.shape, self._cfg, rows=rows)
         axis = weight.ndim - (1 if rows else 2)  # that is summed over
         size = self._cfg.block_size or weight.shape[axis]
-        if weight.shape[axis] % size:
-            raise QuantizationError(
-                f"{name} is {list(weight.shape)}, whose dim of {weight.shape[axis]} does not split into blocks of {size}. Set "
-                f"block_size to a divisor of {weight.shape[axis]}."
-            )
         most = 2 ** (self._cfg.bits - 1) - 1
         cut = weight.shape[:axis] + (weight.shape[axis] // size, size) + weight.shape[axis + 1 :]
         blocks = weight.astype(np.float32).reshape(cut)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pippin.core.atomic_file import write_atomic
-from pippin.core.errors import CheckpointError, ConfigError, PippinError
+from pippin.core.command_line import run_command
+from pippin.core.errors import CheckpointError, ConfigError
 from pippin.export.latency.chips import BANDWIDTH_SHARE, CHIPS, COMPUTE_SHARE
 from pippin.export.latency.operations import Operation, operations
 from pippin.export.latency.page import latency_page
@@ -18,14 +18,12 @@ from pippin.export.latency.page import latency_page
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = _parser().parse_args(argv)
-    # `bazel run` starts programs elsewhere; paths are relative to where the user typed.
-    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
-    try:
+
+    def told() -> int:
         print(_run(args))
-    except PippinError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command(told)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,27 +29,56 @@ public struct Sampler {
         guard temperature > 0 else {
             return logits.indices.max { logits[$0] < logits[$1] } ?? 0
         }
-        var order = logits.indices.sorted { logits[$0] > logits[$1] }
-        if topK > 0 {
-            order = Array(order.prefix(topK))
-        }
+        let most = topK > 0 ? topK : Sampler.few
+        var order = likeliest(min(most, logits.count), of: logits)
         let largest = logits[order[0]]
-        let weights = order.map { exp((logits[$0] - largest) / temperature) }
-        let total = weights.reduce(0, +)
-        // A token is left out if those before it already reach the sum.
-        var kept: Float = 0
-        var count = 0
-        while count < weights.count && kept < topP * total {
-            kept += weights[count]
-            count += 1
+        func weight(_ index: Int) -> Float { exp((logits[index] - largest) / temperature) }
+        let total = (topK > 0 ? order : Array(logits.indices)).reduce(0) { $0 + weight($1) }
+        var (weights, kept) = fewest(order.lazy.map(weight), reaching: topP * total)
+        if topK == 0 && weights.count == order.count && order.count < logits.count {
+            // Those few may not reach it.
+            order = logits.indices.sorted { logits[$0] > logits[$1] }
+            (weights, kept) = fewest(order.lazy.map(weight), reaching: topP * total)
         }
         var left = Float.random(in: 0..<kept, using: &generator)
-        for index in 0..<count {
-            left -= weights[index]
+        for (index, weight) in zip(order, weights) {
+            left -= weight
             if left < 0 {
-                return order[index]
+                return index
             }
         }
-        return order[count - 1]
+        return order[weights.count - 1]
+    }
+
+    // Among all tokens, so many are looked at first: to sort a whole vocabulary takes longer than to compute the logits.
+    private static let few = 256
+
+    /// The first of some weights whose sum reaches a number, and that sum. A weight is left out if those before it reach it.
+    private func fewest<S: Sequence>(_ weights: S, reaching sum: Float) -> ([Float], Float) where S.Element == Float {
+        var taken: [Float] = []
+        var kept: Float = 0
+        for weight in weights {
+            guard kept < sum else { break }
+            taken.append(weight)
+            kept += weight
+        }
+        return (taken, kept)
+    }
+
+    /// The tokens with the largest logits, the largest first.
+    private func likeliest(_ count: Int, of logits: [Float]) -> [Int] {
+        var best: [Int] = []
+        for index in logits.indices {
+            if best.count == count {
+                guard logits[index] > logits[best[count - 1]] else { continue }
+                best.removeLast()
+            }
+            var place = best.count
+            while place > 0 && logits[best[place - 1]] < logits[index] {
+                place -= 1
+            }
+            best.insert(index, at: place)
+        }
+        return best
     }
 }
