@@ -33,8 +33,8 @@ class CoreAIModel:
             raise CheckpointError(f"{path} is no .aimodel. Give one that //packages/export:coreai wrote.")
         self._loop = asyncio.new_event_loop()
         self._asset = AIModelAsset.load(path)
-        # What the program computes in.
-        self.precision = self._asset.metadata.creator_defined_metadata.get(PRECISION, "float16")
+        metadata: Any = self._asset.metadata  # its stub lacks what is read
+        self.precision: str = metadata.creator_defined_metadata.get(PRECISION, "float16")
         self._entered = self._asset.executable()
 
     def __enter__(self) -> CoreAIModel:  # noqa: PYI034  the checks of annotations in tests refuse Self
