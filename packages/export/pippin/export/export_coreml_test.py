@@ -189,6 +189,16 @@ def test_what_a_mac_checks_lies_beside_the_package(bundle, tmp_path):
         assert golden["functions"].tolist() == ["prefill"] * 2 + ["decode"] * 4
 
 
+@pytest.mark.parametrize("name", ["swift", "compressed"])
+def test_an_export_may_be_called_as_a_part_of_it(bundle, tmp_path, name):
+    out = tmp_path / f"{name}.mlpackage"
+    export_coreml(bundle, out, dataclasses.replace(_OPTIONS, recipe="int8"))
+    exported = read_manifest(Places.of(out))
+    assert {f"{name}/swift/Package.swift", f"{name}/compressed/manifest.textproto"} <= {
+        file.path for file in exported.files
+    }
+
+
 def test_an_export_with_another_name_says_how_it_was_called(bundle, tmp_path):
     export_coreml(bundle, tmp_path / "x.mlpackage", _OPTIONS)
     (tmp_path / "x.mlpackage").rename(tmp_path / "y.mlpackage")

@@ -39,7 +39,7 @@ def perplexities(
         progress: is told what is done, how far it is, and of how much.
     """
     assert before.tokenizer is not None
-    text = TextConfig(tokens=tokens, sequence_length=min(512, tokens))
+    text = TextConfig(tokens=tokens)
     evaluator = Evaluator(after.cfg, batches(text, evaluation_text(), load_tokenizer(before.tokenizer)))
 
     def measured(what: str, source: ModelSource, *, stored: bool) -> float:

@@ -94,9 +94,10 @@ def new_export(package: str | Path, suffix: str, num_bytes: int) -> Iterator[Pla
             _same_modes(temporary)
             inside.package.rename(final.package)
             published = True
-            for path in sorted(inside.folder.iterdir()):
+            parts = inside.folder.rename(temporary / ".parts")  # one of them may be called as the folder is
+            for path in sorted(parts.iterdir()):
                 path.rename(temporary / path.name)
-            inside.folder.rmdir()
+            parts.rmdir()
     except BaseException:
         # The folder is published last: without it, there is no export.
         if published and not final.folder.exists():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pippin.core.config_tree import override, traverse
+from pippin.core.errors import ConfigError
 from pippin.core.module import merge
 from pippin.layers import configs
 from pippin.layers.models.afm_on_device_2025 import afm_on_device_2025
@@ -60,6 +61,37 @@ def test_each_layer_is_one_of_a_sequence(name, layers):
     assert isinstance(changed.decoder, configs.SequenceConfig)
     assert len(changed.decoder.layers) == layers
     assert not [c for _, c in traverse(changed) if isinstance(c, configs.RepeatConfig)]
+
+
+_LAYER = _LLAMA.decoder.layer
+_READER = _LAYER.set(attention=configs.SharedKVAttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8))
+_SEQUENCES = {
+    "a reader behind its maker": ((_LAYER, _READER, _READER), None),
+    "behind a loop of readers": ((_LAYER, configs.RepeatConfig(num_layers=2, layer=_READER), _READER), None),
+    "behind a loop and a maker": ((_LLAMA.decoder, _LAYER, _READER), None),
+    "behind a loop": ((_LAYER, _LLAMA.decoder, _READER), "layer 4 reads the keys and values of layer 0"),
+    "behind a loop in a sequence": (
+        (configs.SequenceConfig(layers=(_LAYER, _LLAMA.decoder)), _READER),
+        "layer 4 reads the keys and values of layer 0",
+    ),
+    "in a loop before a maker": (
+        (_LAYER, configs.RepeatConfig(num_layers=2, layer=configs.SequenceConfig(layers=(_READER, _LAYER)))),
+        "layer 3 reads the keys and values of layer 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _SEQUENCES)
+def test_a_reader_reads_the_same_layer_or_the_model_is_refused(name):
+    layers, problem = _SEQUENCES[name]
+    cfg = _LLAMA.set(decoder=configs.SequenceConfig(layers=layers))
+    before: Parts = parts(cfg, dtype=np.float32)
+    if problem is not None:
+        with pytest.raises(ConfigError, match=problem):
+            unrolled(cfg, before.params)
+        return
+    changed, params = unrolled(cfg, before.params)
+    assert_close(_call(changed, params), before.call(before.params, _TOKENS))
 
 
 def test_a_head_of_its_own_gives_the_logits_of_the_embedding():

@@ -19,6 +19,7 @@ from pippin.export.compress.recipes import RECIPES, recipe
 from pippin.export.table import aligned
 
 if TYPE_CHECKING:  # importing JAX takes seconds, which --help and --list need not
+    from pippin.core.batch import Batch
     from pippin.core.bundle import Bundle
     from pippin.export.compress.compress import Compressed, CompressedWeight
     from pippin.export.compress.progress import Bars
@@ -132,19 +133,23 @@ def _run(args: argparse.Namespace) -> str:
     from pippin.core.manifest import provenance
     from pippin.export.compress.compress import compress, needs_calibration
     from pippin.export.compress.progress import Bars
-    from pippin.export.compress.text import batches, calibration_text
+    from pippin.export.compress.text import batches, calibration_text, evaluation_text
     from pippin.layers.named_models import find_model
 
     model = _opened(find_model(args.model))
-    tokenizer = _tokenizer(model, needed=needs_calibration(cfg))
+    tokenizer = _tokenizer(model, cfg)
+    # What is wrong with a text is told before anything long.
+    text = batches(cfg.calibration, calibration_text(), tokenizer) if needs_calibration(cfg) else []
+    evaluation = []
+    if tokenizer is not None and not args.no_evaluation:
+        evaluation = batches(cfg.evaluation, evaluation_text(), tokenizer)
     params = model.params()
     with Bars() as bars:
-        text = batches(cfg.calibration, calibration_text(), tokenizer) if needs_calibration(cfg) else []
         result = compress(model.component, params, cfg, text, bars)  # type: ignore[arg-type]
         seconds = time.monotonic() - started
         measured = "perplexity: not measured"
-        if not args.no_evaluation and tokenizer is not None:
-            measured = _perplexities(cfg, model, params, result, tokenizer, bars)
+        if evaluation:
+            measured = _perplexities(evaluation, model, params, result, bars)
     made_of = model.provenance
     save_bundle(
         args.out,
@@ -173,26 +178,25 @@ def _opened(path: Path) -> Bundle:
     return model
 
 
-def _tokenizer(model: Bundle, *, needed: bool) -> Any:
+def _tokenizer(model: Bundle, cfg: RecipeConfig) -> Any:
     from pippin.core.tokenizer import load_tokenizer
+    from pippin.export.compress.compress import needs_calibration
 
-    if model.tokenizer is None and needed:
+    if model.tokenizer is None and needs_calibration(cfg):
+        other = "" if isinstance(cfg.linear, MixedPaletteConfig) else ", or --set linear.weighting=none"
         raise CheckpointError(
             f"{model.directory} has no tokenizer, and the recipe measures the model on text. Write the bundle with one, or use "
-            "a recipe that measures nothing: int8, float16, or --set linear.weighting=none."
+            f"a recipe that measures nothing: int8 or float16{other}."
         )
     return None if model.tokenizer is None else load_tokenizer(model.tokenizer)
 
 
-def _perplexities(
-    cfg: RecipeConfig, model: Bundle, params: Any, result: Compressed, tokenizer: Any, bars: Bars
-) -> str:
+def _perplexities(text: Sequence[Batch], model: Bundle, params: Any, result: Compressed, bars: Bars) -> str:
     from pippin.export.compress.compress import floats
     from pippin.export.compress.evaluate import Evaluator
-    from pippin.export.compress.text import batches, evaluation_text
     from pippin.layers.quant.settle import settled
 
-    evaluator = Evaluator(result.component, batches(cfg.evaluation, evaluation_text(), tokenizer))
+    evaluator = Evaluator(result.component, text)
     _, before = settled(model.component, params)  # type: ignore[arg-type]
     found = []
     for what, of in (("before", floats(before)), ("after", result.floats())):

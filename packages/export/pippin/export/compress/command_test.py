@@ -125,12 +125,26 @@ def test_mistakes_are_told_without_a_stack_trace_and_leave_nothing(tmp_path, cap
             ["--model", model, "--recipe", "palettize_4bit", "--calibration", "absent", "--out", out],
             "cannot be read",
         ),
+        (["--model", model, "--recipe", "int8", "--evaluation", "typo", "--out", out], "typo cannot be read"),
+        (
+            [
+                "--model",
+                model,
+                "--recipe",
+                "mixed_3_7",
+                "--set",
+                "linear.palette.group_size=24",
+                "--out",
+                out,
+            ],
+            "--set linear.palette.group_size=N",
+        ),
     ):
         code, told, error = run(capsys, *arguments)
         assert code == 2, arguments
         assert error.splitlines()[-1].startswith("error: ")
         assert message in error, error
-        assert "Traceback" not in error
+        assert "Traceback" not in error and "compressing" not in error
         assert not told
     assert {p.name for p in tmp_path.iterdir()} == {"model", "model-tokenizer", "there"}
 

@@ -163,11 +163,11 @@ def _require_fit(name: str, shape: Sequence[int], cfg: Any, role: str) -> None:
     """Raises QuantizationError where groups or blocks do not fit: before the model is measured, which takes long."""
     match cfg:
         case PaletteConfig():
-            require_groups(name, shape, cfg)
+            require_groups(name, shape, cfg, role)
         case MixedPaletteConfig():
-            require_groups(name, shape, cfg.palette)
+            require_groups(name, shape, cfg.palette, f"{role}.palette")
         case ScaleConfig():
-            require_blocks(name, shape, cfg, rows=role == EMBEDDING)
+            require_blocks(name, shape, cfg, rows=role == EMBEDDING, path=role)
 
 
 def _kind(info: ParameterInfo, role: str) -> str:

@@ -179,14 +179,14 @@ class _Cut:
         return block.reshape(-1, groups, self.size).transpose(1, 0, 2).reshape(groups, -1)
 
 
-def require_groups(name: str, shape: Sequence[int], cfg: PaletteConfig) -> None:
-    """Raises QuantizationError unless a weight splits into the groups that share tables."""
+def require_groups(name: str, shape: Sequence[int], cfg: PaletteConfig, path: str = "linear") -> None:
+    """Raises QuantizationError unless a weight splits into the groups that share tables; `path` is the config's in its recipe."""
     along = shape[-1] if cfg.axis is GroupAxis.OUTPUTS else shape[-2]
     if along % cfg.group_size:
         raise QuantizationError(
             f"{name} is {list(shape)}, whose {cfg.axis.value} ({along}) do not split into groups of {cfg.group_size}. Take a "
             f"recipe without groups, such as int8, or compress with a group_size that divides {along} or along the other axis: "
-            "//packages/export:compress --set linear.group_size=N, or linear.axis."
+            f"//packages/export:compress --set {path}.group_size=N, or {path}.axis."
         )
 
 

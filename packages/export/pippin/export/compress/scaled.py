@@ -13,17 +13,23 @@ from pippin.export.compress.palettize import Importance, require_float16
 
 # Of the largest number in a block: with few levels, a finer step for the others is worth more than the largest.
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+# Of scales: a chip may take smaller numbers of float16 for zero.
 _SMALLEST = float(np.finfo(np.float16).smallest_normal)
 
 
-def require_blocks(name: str, shape: Sequence[int], cfg: ScaleConfig, *, rows: bool = False) -> None:
-    """Raises QuantizationError unless a weight splits into the blocks that share a scale; see `Scaler.compress`."""
+def require_blocks(
+    name: str, shape: Sequence[int], cfg: ScaleConfig, *, rows: bool = False, path: str = "linear"
+) -> None:
+    """Raises QuantizationError unless a weight splits into the blocks that share a scale; see `Scaler.compress`.
+
+    `path` is the config's in its recipe.
+    """
     along = shape[-1 if rows else -2]
     if cfg.block_size is not None and along % cfg.block_size:
         raise QuantizationError(
             f"{name} is {list(shape)}, whose dim of {along} does not split into blocks of {cfg.block_size}. Take a recipe "
             f"without blocks, such as int8, or compress with a block_size that divides {along}: //packages/export:compress "
-            "--set linear.block_size=N."
+            f"--set {path}.block_size=N."
         )
 
 

@@ -60,13 +60,13 @@ def batches(cfg: TextConfig, default: str, tokenizer: Tokenizer) -> list[Batch]:
         ids = tokenizer.encode(text[: None if share is None else cfg.tokens * share])
         if len(ids) > cfg.tokens:
             break
+    ids = ids[: cfg.tokens + (not start)]
     length = min(cfg.sequence_length, len(ids) - (not start))
     if length < 1:
         source = cfg.file or "the default text"
         raise DataError(
             f"{source} has {len(ids)} tokens; a model is measured on 2 at least. Give a longer text."
         )
-    ids = ids[: cfg.tokens + 1]
     return list(_rows(ids, length, start))
 
 

@@ -50,6 +50,16 @@ def test_a_short_text_is_one_short_row(tmp_path):
     assert row["tokens"].tolist() == [tokenizer.encode("abcdef")[:-1]]
 
 
+def test_of_fewer_tokens_than_a_sequence_has_one_row_is_as_long_as_they_are(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "t")
+    (row,) = batches(TextConfig(tokens=8), "abcdefghijk" * 50, tokenizer)
+    assert row["targets"].tolist() == [tokenizer.encode("abcdefghijk")[1:9]]
+    (row,) = batches(
+        TextConfig(tokens=8), "abcdefghijk" * 50, cast(Tokenizer, Starting(tokenizer.encode, (7,)))
+    )
+    assert row["tokens"].tolist() == [[7, *tokenizer.encode("abcdefghijk")[:7]]]
+
+
 def test_the_default_texts_share_no_paragraph():
     sides = [{p for p in text.split("\n\n") if p.strip()} for text in (calibration_text(), evaluation_text())]
     assert not sides[0] & sides[1]

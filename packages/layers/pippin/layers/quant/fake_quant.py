@@ -57,6 +57,10 @@ class FakeQuantEmbedding(Embedding):
         return rounded(self.weight[...], self.factor[...], self.bits)
 
 
+# The scale of a group of zeros, so small that float16 has zeros for its levels.
+_TINY = 1e-12
+
+
 def rounded(weight: Float[Array, "R C"], factor: Float[Array, " G"], bits: int) -> Float[Array, "R C"]:
     """The nearest of 2**bits levels for each weight: numbers of float16, as a lookup table holds them.
 
@@ -99,7 +103,7 @@ def _levels(
     grouped = weight.reshape(factor.shape[0], -1, weight.shape[1])
     most = _most(bits)
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(grouped), axis=(1, 2), keepdims=True))
-    scale = factor[:, None, None] * jnp.where(largest > 0, largest, jnp.ones_like(largest)) / most
+    scale = factor[:, None, None] * jnp.maximum(largest, _TINY) / most
     values = jnp.clip(grouped / scale, -most, most)
     return values, jnp.minimum(jnp.floor(values) + 0.5, most), scale
 

@@ -57,10 +57,15 @@ def test_two_bits_are_the_levels_of_the_report():
     assert rounded(weight, jnp.asarray([0.5]), 2).tolist() == [[1.5, -0.5, 0.5, -1.5, 1.5]]
 
 
-def test_a_group_of_zeros_stays_finite():
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_group_of_zeros_stays_zero(bits):
     weight = jnp.asarray(_W).at[:3].set(0.0)
-    values, gradient = jax.value_and_grad(lambda w: rounded(w, jnp.asarray(_FACTOR), 2).sum())(weight)
-    assert np.isfinite(values) and np.isfinite(gradient).all()
+    factor = jnp.asarray(_FACTOR)
+    assert not np.asarray(rounded(weight, factor, bits))[:3].any()
+    assert not np.asarray(palette(weight, factor, bits)[1])[0].any()
+    gradient = jax.grad(lambda w: rounded(w, factor, bits).sum())(weight)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_allclose(gradient[:3], 1, rtol=1e-12)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
