@@ -108,9 +108,9 @@ def verify_package(request: Request) -> Report:
         package = stack.enter_context(_opened(request, exported.target, modes))
         checks += package.checks(exported)
         text = evaluation_text() if request.text is None else _read(request.text)
-        length = _prompt_length(package.sizes, request.steps)
-        length, steps = package.affordable(source.bundle, length, request.steps)
-        if steps < request.steps:
+        wanted = (_prompt_length(package.sizes, request.steps), request.steps)
+        length, steps = package.affordable(source.bundle, *wanted)
+        if (length, steps) != wanted:
             checks.append(
                 Check("tokens in float16, which is slow here", f"{length} read, {steps} decoded", "")
             )
