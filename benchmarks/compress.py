@@ -17,16 +17,15 @@ import html
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.own_process import in_own_process
 from pippin.core.bundle import Bundle, load_bundle, save_bundle
 from pippin.core.config_tree import override
 from pippin.core.module import flatten_params, unflatten_params
@@ -134,7 +133,7 @@ def run(model: str, chosen: list[Contender], text_name: str, out: Path) -> list[
                     continue
                 met = override(contender.recipe, {"linear.bits_per_weight": bits})
                 contender = dataclasses.replace(contender, recipe=met)
-            seconds, cpu_s, peak = _in_a_process(_compress, model, contender, read.calibration, place)
+            seconds, cpu_s, peak = in_own_process(_compress, model, contender, read.calibration, place)
             compressed = load_bundle(place)
             bits, size = _sizes(compressed)
             perplexity = evaluator.perplexity(compressed.params())
@@ -255,11 +254,6 @@ def _tokenizer(bundle: Bundle) -> Path:
             f"{bundle.directory} has no tokenizer, so no text can be measured. Give another model."
         )
     return bundle.tokenizer
-
-
-def _in_a_process(work: Callable[..., Any], *args: Any) -> Any:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, args)
 
 
 def _say(what: str) -> None:

@@ -11,15 +11,12 @@ counts is how far the two are apart, without the LoRA and with it. Run it again,
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import math
-import multiprocessing
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from benchmarks.own_process import in_own_process
 from benchmarks.smollm2_recovery import adapter_over
 from pippin.core.bundle import open_model
 from pippin.core.errors import CheckpointError, PippinError
@@ -75,14 +72,14 @@ def _measured(model: str, recipe: str, steps: int, out: Path) -> tuple[float, fl
     bundle = out / recipe
     if not bundle.exists():
         _say(f"{recipe}: compress")
-        _in_a_process(_compress, model, recipe, bundle)
+        in_own_process(_compress, model, recipe, bundle)
     require_made_of(bundle, model)
     _say(f"{recipe}: perplexity")
-    before = _in_a_process(perplexity, bundle)
+    before = in_own_process(perplexity, bundle)
     _say(f"{recipe}: train a LoRA")
-    _in_a_process(_train, bundle, _run(out, recipe), steps)
+    in_own_process(_train, bundle, _run(out, recipe), steps)
     _say(f"{recipe}: perplexity with it")
-    return before, _in_a_process(perplexity, _run(out, recipe))
+    return before, in_own_process(perplexity, _run(out, recipe))
 
 
 def require_made_of(bundle: Path, model: str) -> None:
@@ -100,7 +97,9 @@ def _run(out: Path, recipe: str) -> Path:
 
 def _compress(model: str, recipe: str, bundle: Path) -> None:
     if command.main(["--model", model, "--recipe", recipe, "--out", str(bundle), "--no-evaluation"]):
-        raise SystemExit("recovery: the model was not compressed")
+        raise CheckpointError(
+            f"{model} was not compressed; see above."
+        )  # a pool waits forever after SystemExit
 
 
 def _train(bundle: Path, run: Path, steps: int) -> None:
@@ -121,13 +120,6 @@ def perplexity(model: Path) -> float:
     assert bundle.tokenizer is not None and isinstance(bundle.component, CausalLMConfig)
     text = batches(RECIPES[_FLOATS].evaluation, evaluation_text(), load_tokenizer(bundle.tokenizer))
     return Evaluator(bundle.component, text).perplexity(bundle.params())
-
-
-def _in_a_process(work: Callable[..., Any], *args: Any) -> Any:
-    """What work returns, whose memory goes back when it is done."""
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(work, *args).result()
 
 
 def _say(text: str) -> None:

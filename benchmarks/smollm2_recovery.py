@@ -1,7 +1,9 @@
 """A recipe of your own, in a file: the LoRA that wins back what compression lost of SmolLM2 135M.
 
-bazel run //packages/export:compress -- --model smollm2-135m-instruct --recipe mixed_3_7 --out compressed/smollm2
-bazel run //packages/train:launch -- --recipe-file benchmarks/smollm2_recovery.py --data 'text/*.txt'
+Compress the model, and train on text of yours:
+
+    bazel run //packages/export:compress -- --model smollm2-135m-instruct --recipe mixed_3_7 --out compressed/smollm2
+    bazel run //packages/train:launch -- --recipe-file benchmarks/smollm2_recovery.py --data 'text/*.txt'
 """
 
 from pippin.core.checkpoint_config import CheckpointerConfig

@@ -113,10 +113,9 @@ class CoreAIModel:
         logits = []
         for start in range(0, len(ids), self.prefill_length):
             part = list(ids[start : start + self.prefill_length])
-            length = 1 if len(part) == 1 else self.prefill_length  # the padding lies in the caches too
-            if self._read + length > self.context_length:
+            if self._read + len(part) > self.context_length:  # padding behind them is left out
                 raise CheckpointError(
-                    f"tokens {self._read} to {self._read + length - 1} do not fit in caches of {self.context_length}. Take "
+                    f"tokens {self._read} to {self._read + len(part) - 1} do not fit in caches of {self.context_length}. Take "
                     "fewer, or export the program with a larger --context."
                 )
             logits.append(self.step(part, self._read))

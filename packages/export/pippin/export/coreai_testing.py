@@ -16,9 +16,5 @@ def run(
     """The logits after each token, of which `decode` reads those behind the prompt, and the states at the end."""
     with CoreAIModel(path) as program:
         program.use_adapter(adapter)
-        logits = [
-            program.step(list(tokens[start : min(start + program.prefill_length, prompt)]), start)
-            for start in range(0, prompt, program.prefill_length)
-        ]
-        logits += [program.step([tokens[at]], at) for at in range(prompt, len(tokens))]
+        logits = [program.extend(tokens[:prompt]), *(program.extend([token]) for token in tokens[prompt:])]
         return np.concatenate(logits).astype(np.float64), program.states()

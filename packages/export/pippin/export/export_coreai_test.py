@@ -159,6 +159,11 @@ def test_an_adapter_is_an_input_of_the_program(tmp_path: Path, capsys: pytest.Ca
     np.testing.assert_allclose(bare, without, rtol=0, atol=TOLERANCE)
     with CoreAIModel(tmp_path / "y.aimodel") as program, pytest.raises(CheckpointError, match="takes 0"):
         program.use_adapter(flat)
+    with CoreAIModel(tmp_path / "y.aimodel") as program:
+        whole = program.extend([*tokens, *tokens, 1, 2, 3, 4])  # the caches are full
+        assert whole.shape == (64, 96)
+        with pytest.raises(CheckpointError, match="tokens 64 to 64 do not fit in caches of 64"):
+            program.extend([5])
     # Core ML's package has the same input: a file of one is a file of the other.
     out = tmp_path / "z.mlpackage"
     assert coreml.main(_command(bundle, out, *_PLAIN, *given)) == 0
