@@ -1,7 +1,6 @@
 """What was trained is what is served and what is exported: one compressed model, by the server and by its package."""
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from pippin.core.tokenizer import load_tokenizer
 from pippin.export.mil.interpreter import Interpreter, Mode
 from pippin.export.mil.spec import load_program
 from pippin.export.package_runner import PackageRunner
+from tests.e2e.as_user import start, write_texts
 
 _PACKAGES = Path(os.environ["RUNFILES_DIR"], "pippin_repo/packages")
 _LAUNCH = _PACKAGES / "train/pippin/train/launch"
@@ -27,12 +27,6 @@ _PROMPT = "Document 1, line 2: the"
 _TOKENS = 12
 
 
-def start(home: Path, program: Path, *arguments: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "BUILD_WORKING_DIRECTORY": str(home), "PIPPIN_CACHE_DIR": str(home / "cache")}
-    command = [str(program), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-
 def run(home: Path, program: Path, *arguments: str) -> str:
     """What a command prints."""
     process = start(home, program, *arguments)
@@ -45,9 +39,7 @@ def run(home: Path, program: Path, *arguments: str) -> str:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a run, and its weights compressed."""
     folder = tmp_path_factory.mktemp("home")
-    for i in range(6):
-        lines = [f"Document {i}, line {n}: the apple does not fall far from the tree." for n in range(60)]
-        (folder / f"text{i}.txt").write_text("\n".join(lines))
+    write_texts(folder)
     run(folder, _LAUNCH, *_SMALL, "--data", "*.txt")
     given = ["--model", "runs/stdlib_tiny", "--recipe", "palettize_4bit", "--out", "compressed"]
     assert "palette 4" in run(folder, _COMPRESS, *given, "--no-evaluation")

@@ -2,10 +2,11 @@
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.e2e.as_user import start, write_texts
 
 _PACKAGES = Path(os.environ["RUNFILES_DIR"], "pippin_repo/packages")
 _LAUNCH = _PACKAGES / "train/pippin/train/launch"
@@ -22,24 +23,17 @@ _SMALL = [
 def home(tmp_path_factory):
     """A directory with a run of the default recipe."""
     folder = tmp_path_factory.mktemp("home")
-    for i in range(6):
-        lines = [f"Document {i}, line {n}: the apple does not fall far from the tree." for n in range(60)]
-        (folder / f"text{i}.txt").write_text("\n".join(lines))
+    write_texts(folder)
     done = start(folder, _LAUNCH, *_SMALL, "--data", "*.txt").communicate()
     assert (folder / "runs" / "stdlib_tiny" / "report.html").exists(), done
     return folder
-
-
-def start(home, program, *arguments):
-    env = {**os.environ, "BUILD_WORKING_DIRECTORY": str(home), "PIPPIN_CACHE_DIR": str(home / "cache")}
-    command = [str(program), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
 @pytest.fixture(scope="module")
 def server(home):
     """The server of the run, and its address."""
     process = start(home, _SERVER, "--port", "0", "--max-requests", "4", "--withdraw", "0")
+    assert process.stdout is not None and process.stderr is not None
     line = process.stdout.readline()
     assert line.startswith("READY 127.0.0.1:"), line + process.stderr.read()
     _, address, name, _, _ = line.split()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.as_user import start, write_texts
+
 _LAUNCH = Path(os.environ["RUNFILES_DIR"], "pippin_repo/packages/train/pippin/train/launch")
 _SMALL = [
     *("--recipe", "afm_on_device_2024_tiny_core", "--steps", "12"),
@@ -22,9 +24,7 @@ _SMALL = [
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with text, good and bad."""
     folder = tmp_path_factory.mktemp("home")
-    for i in range(6):
-        lines = [f"Document {i}, line {n}: the apple does not fall far from the tree." for n in range(60)]
-        (folder / f"text{i}.txt").write_text("\n".join(lines))
+    write_texts(folder)
     good = [json.dumps({"text": f"Record {i} tells of pippins, grown from seed. " * 20}) for i in range(12)]
     (folder / "records.jsonl").write_text(
         "\n".join([*good, '{"text": "cut off', '{"body": "elsewhere"}']) + "\n"
@@ -33,9 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(home: Path, *arguments: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "BUILD_WORKING_DIRECTORY": str(home), "PIPPIN_CACHE_DIR": str(home / "cache")}
-    command = [str(_LAUNCH), *_SMALL, "--data", "*.[tj]*", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    return start(home, _LAUNCH, *_SMALL, "--data", "*.[tj]*", *arguments, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen[str]) -> str:

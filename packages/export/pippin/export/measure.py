@@ -19,7 +19,7 @@ from pippin.export.mil.spec import load_program
 from pippin.export.model_source import ModelSource
 from pippin.export.package_runner import PackageRunner, sizes
 from pippin.export.program_sizes import prompt_length
-from pippin.export.verification import PUBLISHED_UNITS, Comparison, compare, prompt_ids
+from pippin.export.verification import PUBLISHED_UNITS, RUNTIME, Comparison, compare, prompt_ids
 
 
 def perplexities(
@@ -59,7 +59,7 @@ def perplexities(
 
 def parity(
     package: Path, model: Bundle, steps: int, progress: Callable[[str, int, int], None] = lambda *_: None
-) -> tuple[dict[Mode, Comparison], PackageRunner]:
+) -> tuple[dict[str, Comparison], PackageRunner]:
     """A saved package beside its model: a prompt in two parts, and greedy decoding, in each mode.
 
     Args:
@@ -69,7 +69,7 @@ def parity(
         progress: is told what is done, how far it is, and of how much.
 
     Returns:
-        The comparisons, and what ran the program without rounding in between.
+        The comparisons by the runtime, first the one that rounds as a device does, and what ran the program without rounding in between.
     """
     program = load_program(package)
     size = sizes(program)
@@ -90,7 +90,7 @@ def parity(
 
     rounded = run(Mode.FLOAT16)[0]  # whose runner holds all weights as floats, and goes before the next comes
     exact, runner = run(Mode.EXACT)
-    return {Mode.FLOAT16: rounded, Mode.EXACT: exact}, runner
+    return {RUNTIME: rounded, f"{RUNTIME}, {Mode.EXACT.value}": exact}, runner
 
 
 def verified_prompt(model: Bundle, prefill: int, context: int, steps: int) -> list[int]:
