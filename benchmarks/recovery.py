@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from pathlib import Path
 
 from benchmarks.own_process import in_own_process
 from benchmarks.smollm2_recovery import adapter_over
 from pippin.core.bundle import open_model
-from pippin.core.errors import CheckpointError, PippinError
+from pippin.core.command_line import run_command
+from pippin.core.errors import CheckpointError
 from pippin.core.tokenizer import load_tokenizer
 from pippin.export.compress import command
 from pippin.export.compress.evaluate import Evaluator
@@ -44,13 +44,12 @@ def main() -> int:
         "--out", type=Path, help="a folder (default: benchmark_recovery/ and the model's name)"
     )
     args = parser.parse_args()
-    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
+    return run_command(lambda: _compare(args))
+
+
+def _compare(args: argparse.Namespace) -> int:
     out = (args.out or Path("benchmark_recovery", Path(args.model).name)).absolute()
-    try:
-        found = {name: _measured(args.model, name, args.steps, out) for name in (_FLOATS, args.recipe)}
-    except PippinError as error:
-        print(f"recovery: {error}", file=sys.stderr)
-        return 2
+    found = {name: _measured(args.model, name, args.steps, out) for name in (_FLOATS, args.recipe)}
     print(table(found[_FLOATS], found[args.recipe], args.recipe, args.steps))
     print("\n".join(f"{name} with a LoRA: {_run(out, name) / 'report.html'}" for name in found))
     return 0

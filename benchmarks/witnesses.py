@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from pippin.core.errors import CheckpointError, PippinError
+from pippin.core.command_line import run_command
+from pippin.core.errors import CheckpointError
 
 
 def compare(model: Path, mlpackage: Path, aimodel: Path, prompt_tokens: int, steps: int) -> str:
@@ -98,13 +98,12 @@ def main() -> int:
     parser.add_argument("--prompt-tokens", type=int, default=96)
     parser.add_argument("--steps", type=int, default=32)
     args = parser.parse_args()
-    os.chdir(os.environ.get("BUILD_WORKING_DIRECTORY", "."))
-    try:
+
+    def told() -> int:
         print(compare(args.model, args.mlpackage, args.aimodel, args.prompt_tokens, args.steps))
-    except PippinError as error:
-        print(f"witnesses: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command(told)
 
 
 if __name__ == "__main__":
